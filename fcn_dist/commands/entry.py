@@ -1,0 +1,49 @@
+"""`fcn-dist COMMAND ...`: every script as a subcommand of the installed package."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import fcn_dist
+from fcn_dist.console import run_command
+from fcn_dist.errors import UserError
+
+COMMANDS = {
+    "create": "pack a folder of scenes into shards",
+    "verify": "check a shard set against its index",
+    "describe": "print what a shard set holds",
+    "synthesize": "render synthetic scenes",
+    "train": "train on this process's ranks (start it with a launcher for more than one)",
+    "evaluate": "score a run or a model file on a shard set",
+    "convert": "turn a run's checkpoint into one model file",
+    "predict": "label images with a model file",
+}
+
+
+def run_script(name: str, argv: Sequence[str] | None = None) -> int:
+    """Run command `name` with the given arguments (those of the process if None); returns its exit code."""
+    module = import_module(f"fcn_dist.commands.{name}")
+    return run_command(lambda: module.main(sys.argv[1:] if argv is None else list(argv)))
+
+
+def main() -> int:
+    """The console script."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: fcn-dist COMMAND ...\n\ncommands:")
+        for name, summary in COMMANDS.items():
+            print(f"  {name:<12}{summary}")
+        print("\n`fcn-dist COMMAND --help` lists a command's options.")
+        return 0
+    if arguments[0] == "--version":
+        print(fcn_dist.__version__)
+        return 0
+    return run_command(lambda: _dispatch(arguments))
+
+
+def _dispatch(arguments: list[str]) -> None:
+    name, *rest = arguments
+    if name not in COMMANDS:
+        raise UserError(f"no command {name!r}; one of {', '.join(COMMANDS)} is needed")
+    sys.argv[0] = f"fcn-dist {name}"
+    import_module(f"fcn_dist.commands.{name}").main(rest)

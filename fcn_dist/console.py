@@ -1,0 +1,37 @@
+"""Rank-0 output: what a person sees of a command, and how a command ends."""
+
+import sys
+import time
+from collections.abc import Callable
+
+from rich.console import Console
+
+from fcn_dist.errors import UserError
+from fcn_dist.ranks import Rank
+
+EXIT_USER_ERROR = 2
+# A launcher ends the other ranks within about a second of the first failure, so a rank that is still alive after
+# this many seconds is the only one that met its error, and must tell it itself.
+SILENT_RANK_GRACE = 5.0
+
+console = Console(highlight=False, soft_wrap=True)  # standard output: results
+
+
+def run_command(command: Callable[[], None]) -> int:
+    """Run `command` and return its exit code: 0, or 2 with one message on standard error for a UserError.
+
+    Anything else is a bug and keeps its traceback.
+    """
+    try:
+        command()
+    except UserError as error:
+        rank = Rank.from_environment()
+        if rank.index:
+            time.sleep(SILENT_RANK_GRACE)
+        where = f" (rank {rank.index})" if rank.index else ""
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except BrokenPipeError:
+        # The reader of our output, such as `head`, has what it wanted.
+        sys.stderr.close()
+    return 0

@@ -1,0 +1,1 @@
+"""From a checkpoint to one file, and from that file to masks and pictures."""

@@ -1,0 +1,91 @@
+"""Rank arithmetic: who this process is, and which share of a global batch is its own."""
+
+import os
+from dataclasses import dataclass
+
+from fcn_dist.errors import UserError
+
+
+def env_int(name: str, default: int) -> int:
+    """An integer from the environment, as launchers set them."""
+    value = os.environ.get(name, "")
+    try:
+        return int(value) if value else default
+    except ValueError:
+        raise UserError(f"environment variable {name} is {value!r}; an integer is needed; unset it") from None
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process among `world_size` processes, `local` on its node."""
+
+    index: int = 0
+    world_size: int = 1
+    local: int = 0
+    local_world_size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> "Rank":
+        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_SIZE (deepspeed) or LOCAL_WORLD_SIZE (torchrun)."""
+        world_size = env_int("WORLD_SIZE", 1)
+        local_world_size = env_int("LOCAL_SIZE", env_int("LOCAL_WORLD_SIZE", world_size))
+        return cls(env_int("RANK", 0), world_size, env_int("LOCAL_RANK", 0), local_world_size)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How one global batch is cut: world_size ranks x accumulation x micro_batch samples.
+
+    Step k trains positions [k * global_batch, (k + 1) * global_batch); rank r owns a contiguous run of them, and
+    that run is cut into `accumulation` micro-batches in order.
+    """
+
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        assert self.micro_batch * self.accumulation * self.world_size == self.global_batch
+
+    def positions(self, rank: int, micro_step: int) -> range:
+        """Stream positions of the micro-batch that `rank` trains as its `micro_step`-th since step 0."""
+        step, part = divmod(micro_step, self.accumulation)
+        start = step * self.global_batch + (rank * self.accumulation + part) * self.micro_batch
+        return range(start, start + self.micro_batch)
+
+
+def plan_batches(
+    global_batch: int | None, micro_batch: int | None, accumulation: int | None, world_size: int
+) -> BatchPlan:
+    """Resolve the batch sizes from those given; None means "auto".
+
+    Raises UserError if what is given cannot be cut evenly.
+    """
+    if global_batch is None:
+        if micro_batch is None:
+            raise UserError(
+                "neither the global batch nor the micro-batch is given; one is needed: set train.global_batch in "
+                "the recipe or train_micro_batch_size_per_gpu in the DeepSpeed configuration"
+            )
+        accumulation = accumulation or 1
+        return BatchPlan(micro_batch * accumulation * world_size, micro_batch, accumulation, world_size)
+    if micro_batch is None:
+        accumulation = accumulation or 1
+        micro_batch, rest = divmod(global_batch, accumulation * world_size)
+        if rest or not micro_batch:
+            unit = accumulation * world_size
+            raise UserError(
+                f"the global batch {global_batch} does not divide over {world_size} ranks x accumulation "
+                f"{accumulation}; choose a global batch that is a multiple of {unit}"
+            )
+        return BatchPlan(global_batch, micro_batch, accumulation, world_size)
+    unit = micro_batch * world_size * (accumulation or 1)
+    found, rest = divmod(global_batch, micro_batch * world_size)
+    if rest or not found or (accumulation is not None and accumulation != found):
+        steps = f" x accumulation {accumulation}" if accumulation else ""
+        raise UserError(
+            f"micro-batch {micro_batch}{steps} does not divide the global batch {global_batch} over {world_size} "
+            f"ranks; choose a global batch that is a multiple of {unit}, or another micro-batch"
+        )
+    return BatchPlan(global_batch, micro_batch, found, world_size)
