@@ -47,6 +47,4 @@ class LabelRule:
     def label_table(self) -> bytes:
         """256 bytes: output channel -> raw label; what is no output becomes OTHER_LABEL."""
         shift = 0 if self.score_other else 1
-        return bytes(
-            target + shift if target < self.num_outputs else OTHER_LABEL for target in range(256)
-        )
+        return bytes(target + shift if target < self.num_outputs else OTHER_LABEL for target in range(256))

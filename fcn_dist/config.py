@@ -1,0 +1,240 @@
+"""The recipe: one tree of frozen dataclasses, read from YAML and `--set KEY=VALUE`, never changed afterwards.
+
+The recipe owns data, model, schedule and cadences. Batch cutting, precision, ZeRO stage, optimizer and clipping
+belong to the DeepSpeed configuration (see training/deepspeed_config.py).
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fcn_dist.errors import UserError
+
+BACKBONES = ("vgg16", "vgg19")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a training sample is."""
+
+    crop: tuple[int, int] = (256, 256)  # height, width in pixels
+    scale: tuple[float, float] = (0.5, 2.0)  # resize factor, drawn log-uniformly
+    flip: float = 0.5  # probability of mirroring left to right
+    jitter: float = 0.0  # brightness, contrast and saturation are scaled by up to 1 +- this
+    score_other: bool = False  # label 0 as an ordinary class, as the TensorFlow FCN had it
+    workers: int = 2  # loader processes a rank; 0 loads in the training process
+
+    def __post_init__(self) -> None:
+        _check(min(self.crop) >= 1, "data.crop", self.crop, "two sizes of at least 1 pixel")
+        _check(
+            0 < self.scale[0] <= self.scale[1], "data.scale", self.scale, "two positive factors, low to high"
+        )
+        _check(0 <= self.flip <= 1, "data.flip", self.flip, "a probability")
+        _check(0 <= self.jitter < 1, "data.jitter", self.jitter, "a number in [0, 1)")
+        _check(self.workers >= 0, "data.workers", self.workers, "0 or more processes")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network and the weights it starts from."""
+
+    variant: Literal["fcn8s", "fcn16s", "fcn32s"] = "fcn8s"
+    backbone: Literal["vgg16", "vgg19"] = "vgg16"
+    width: float = 1.0  # factor on every channel count but the outputs
+    head_width: int | None = None  # channels of fc6 and fc7; None: 4096 times width
+    dropout: float = 0.5  # after fc6 and fc7
+    at_once: bool = False  # scale pool4 by 0.01 and pool3 by 0.0001, the at-once form's conditioning
+    weights: str | None = None  # VGG weights, .safetensors or .pth
+    weights_convention: Literal["caffe", "torchvision"] | None = None  # None: as the file's metadata says
+
+    def __post_init__(self) -> None:
+        _check(0 < self.width <= 4, "model.width", self.width, "a factor in (0, 4]")
+        _check(
+            self.head_width is None or self.head_width >= 1, "model.head_width", self.head_width, "1 or more"
+        )
+        _check(0 <= self.dropout < 1, "model.dropout", self.dropout, "a probability below 1")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How long, and how fast."""
+
+    steps: int | None = None  # global batches; one of steps and epochs
+    epochs: float | None = None
+    learning_rate: float | None = None  # peak; None: as the DeepSpeed configuration's optimizer states it
+    kind: Literal["constant", "poly", "cosine"] = "poly"
+    power: float = 0.9  # of the poly schedule
+    warmup_steps: int = 0  # linear from 0 to the peak
+    final_fraction: float = 0.0  # of the peak, reached at the last step by poly and cosine
+    head_multiplier: float = 1.0  # learning rate of the layers that pretrained weights do not provide
+    bias_multiplier: float = 1.0  # learning rate of biases (the reference: 2)
+    decay_biases: bool = False  # whether the optimizer's weight decay also acts on biases
+
+    def __post_init__(self) -> None:
+        _check(
+            (self.steps is None) != (self.epochs is None),
+            "schedule.steps and schedule.epochs",
+            (self.steps, self.epochs),
+            "exactly one of the two",
+        )
+        _check(self.steps is None or self.steps >= 1, "schedule.steps", self.steps, "1 or more")
+        _check(self.epochs is None or self.epochs > 0, "schedule.epochs", self.epochs, "a positive number")
+        rate = self.learning_rate
+        _check(rate is None or rate > 0, "schedule.learning_rate", rate, "a positive number")
+        _check(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "0 or more")
+        _check(0 <= self.final_fraction <= 1, "schedule.final_fraction", self.final_fraction, "within [0, 1]")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimisation as a whole."""
+
+    global_batch: int | None = (
+        None  # images a step, over all ranks; None: as the DeepSpeed configuration gives it
+    )
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(
+            self.global_batch is None or self.global_batch >= 1,
+            "train.global_batch",
+            self.global_batch,
+            ">= 1",
+        )
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluation during training."""
+
+    every: int = 0  # steps; 0: only after the last step
+    at_end: bool = True
+    split: str = "validation"
+
+    def __post_init__(self) -> None:
+        _check(self.every >= 0, "evaluate.every", self.every, "0 or more steps")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints during training; one is always written after the last step."""
+
+    every: int = 0  # steps; 0: only after the last step
+    keep: int = 3  # newest checkpoints kept
+
+    def __post_init__(self) -> None:
+        _check(self.every >= 0, "checkpoint.every", self.every, "0 or more steps")
+        _check(self.keep >= 1, "checkpoint.keep", self.keep, "1 or more")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is written to metrics.jsonl and shown."""
+
+    every: int = 10  # steps
+
+    def __post_init__(self) -> None:
+        _check(self.every >= 1, "log.every", self.every, "1 or more steps")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about a run that the DeepSpeed configuration does not own."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(steps=1000))
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form, every value resolved."""
+        return asdict(self)
+
+
+def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file (defaults if None) with `KEY=VALUE` overrides applied, later ones winning.
+
+    Raises UserError naming the key that is unknown or has a value of the wrong kind, and where it stands.
+    """
+    import yaml
+
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = yaml.safe_load(path.read_text()) or {}
+        except OSError as error:
+            raise UserError(
+                f"recipe {path} cannot be read ({error.strerror}); give --recipe a YAML file"
+            ) from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"recipe {path} is not YAML: {error}") from error
+        _refuse_unknown(tree, Recipe, "", str(path))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(
+                f"--set {override} has no '='; KEY=VALUE is needed, such as --set checkpoint.every=500"
+            )
+        try:
+            _set(tree, key.strip().split("."), yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {override}: the value is not YAML: {error}") from error
+        _refuse_unknown(tree, Recipe, "", f"--set {override}")
+    return recipe_from_dict(tree, str(path) if path else "the recipe")
+
+
+def recipe_from_dict(tree: dict[str, Any], where: str) -> Recipe:
+    """Build and check a recipe; `where` names its origin in errors."""
+    from jsonargparse import ArgumentParser
+
+    _refuse_unknown(tree, Recipe, "", where)
+    schedule = tree.get("schedule", {})
+    if schedule.get("epochs") is None and schedule.get("steps") is None:
+        tree = {**tree, "schedule": {**schedule, "steps": 1000}}
+    elif "steps" not in schedule:
+        # jsonargparse fills in the default of the whole section, which counts in steps.
+        tree = {**tree, "schedule": {**schedule, "steps": None}}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Recipe, None)
+    try:
+        values = parser.instantiate(parser.parse_object(tree))
+    except Exception as error:  # jsonargparse raises several kinds, of which argparse's is only the commonest
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise UserError(f"{where}: {' '.join(str(error).split())}") from error
+    return Recipe(**{f.name: values[f.name] for f in fields(Recipe)})
+
+
+def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    *sections, name = path
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"--set {'.'.join(path)}: {section!r} is a value, not a section; check the key")
+    tree[name] = value
+
+
+def _refuse_unknown(tree: Any, section: Any, prefix: str, where: str) -> None:
+    """Raise UserError for the first key of `tree` that dataclass `section` does not have."""
+    if not isinstance(tree, dict):
+        raise UserError(
+            f"{where}: {prefix.rstrip('.') or 'the recipe'} is {tree!r}; a section of keys is needed"
+        )
+    known = {f.name: f.type for f in fields(section)}
+    for key, value in tree.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known are {', '.join(known)}"
+            raise UserError(f"{where}: unknown recipe key {prefix}{key}; {hint}")
+        if is_dataclass(known[key]):
+            _refuse_unknown(value, known[key], f"{prefix}{key}.", where)
+
+
+def _check(holds: bool, key: str, found: Any, needed: str) -> None:
+    if not holds:
+        raise UserError(f"{key} is {found}; {needed} is needed; change it in the recipe or with --set")
