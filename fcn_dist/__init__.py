@@ -19,7 +19,7 @@ _HOMES = {
     "Predictor": "fcn_dist.deploy.predict",
     "UserError": "fcn_dist.errors",
 }
-__all__ = list(_HOMES)  # noqa: PLE0605
+__all__ = list(_HOMES)
 
 if TYPE_CHECKING:
     from fcn_dist.data.packing import pack as pack

@@ -28,9 +28,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check(min(self.crop) >= 1, "data.crop", self.crop, "two sizes of at least 1 pixel")
-        _check(
-            0 < self.scale[0] <= self.scale[1], "data.scale", self.scale, "two positive factors, low to high"
-        )
+        _check(0 < self.scale[0] <= self.scale[1], "data.scale", self.scale, "two positive factors, low to high")
         _check(0 <= self.flip <= 1, "data.flip", self.flip, "a probability")
         _check(0 <= self.jitter < 1, "data.jitter", self.jitter, "a number in [0, 1)")
         _check(self.workers >= 0, "data.workers", self.workers, "0 or more processes")
@@ -51,9 +49,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check(0 < self.width <= 4, "model.width", self.width, "a factor in (0, 4]")
-        _check(
-            self.head_width is None or self.head_width >= 1, "model.head_width", self.head_width, "1 or more"
-        )
+        _check(self.head_width is None or self.head_width >= 1, "model.head_width", self.head_width, "1 or more")
         _check(0 <= self.dropout < 1, "model.dropout", self.dropout, "a probability below 1")
 
 
@@ -91,9 +87,7 @@ class ScheduleConfig:
 class TrainConfig:
     """The optimisation as a whole."""
 
-    global_batch: int | None = (
-        None  # images a step, over all ranks; None: as the DeepSpeed configuration gives it
-    )
+    global_batch: int | None = None  # images a step, over all ranks; None: as the DeepSpeed configuration gives it
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -222,9 +216,7 @@ def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
 def _refuse_unknown(tree: Any, section: Any, prefix: str, where: str) -> None:
     """Raise UserError for the first key of `tree` that dataclass `section` does not have."""
     if not isinstance(tree, dict):
-        raise UserError(
-            f"{where}: {prefix.rstrip('.') or 'the recipe'} is {tree!r}; a section of keys is needed"
-        )
+        raise UserError(f"{where}: {prefix.rstrip('.') or 'the recipe'} is {tree!r}; a section of keys is needed")
     known = {f.name: f.type for f in fields(section)}
     for key, value in tree.items():
         if key not in known:

@@ -24,7 +24,7 @@ class LabelRule:
 
     def __post_init__(self) -> None:
         # Targets are bytes and 255 means "ignored", so the highest output is 254.
-        if not 1 <= self.num_classes or self.num_outputs > IGNORE_LABEL:
+        if self.num_classes < 1 or self.num_outputs > IGNORE_LABEL:
             raise UserError(
                 f"{self.num_classes} classes cannot be stored in 8-bit labels; between 1 and "
                 f"{IGNORE_LABEL - int(self.score_other)} are needed; merge classes in the objectInfo file"
@@ -39,9 +39,7 @@ class LabelRule:
     def target_table(self) -> bytes:
         """256 bytes: raw label -> target. Labels above N are damage and are never silently trained: ignored."""
         shift = 0 if self.score_other else 1
-        return bytes(
-            label - shift if shift <= label <= self.num_classes else IGNORE_LABEL for label in range(256)
-        )
+        return bytes(label - shift if shift <= label <= self.num_classes else IGNORE_LABEL for label in range(256))
 
     @property
     def label_table(self) -> bytes:

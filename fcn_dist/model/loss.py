@@ -43,7 +43,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         # Scaled in float32 first: an fp16 loss scale applied after rounding would not save small gradients.

@@ -122,9 +122,7 @@ def open_checkpoint(run_dir: Path, step: int | None = None) -> tuple[Checkpoint,
         steps = [folder.name for folder in folders]
         folders = [folder for folder in folders if folder.name == step_name(step)]
         if not folders:
-            raise UserError(
-                f"{run_dir} has no checkpoint of step {step}; it has {', '.join(steps) or 'none'}"
-            )
+            raise UserError(f"{run_dir} has no checkpoint of step {step}; it has {', '.join(steps) or 'none'}")
     damages: list[Damage] = []
     for folder in folders:
         try:
