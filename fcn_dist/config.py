@@ -162,18 +162,14 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
         try:
             tree = yaml.safe_load(path.read_text()) or {}
         except OSError as error:
-            raise UserError(
-                f"recipe {path} cannot be read ({error.strerror}); give --recipe a YAML file"
-            ) from error
+            raise UserError(f"recipe {path} cannot be read ({error.strerror}); give --recipe a YAML file") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"recipe {path} is not YAML: {error}") from error
         _refuse_unknown(tree, Recipe, "", str(path))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            raise UserError(
-                f"--set {override} has no '='; KEY=VALUE is needed, such as --set checkpoint.every=500"
-            )
+            raise UserError(f"--set {override} has no '='; KEY=VALUE is needed, such as --set checkpoint.every=500")
         try:
             _set(tree, key.strip().split("."), yaml.safe_load(text))
         except yaml.YAMLError as error:

@@ -105,9 +105,18 @@ class ShardSet:
             _triple(index["channel_std"]),
             dict(index["created_by"]),
         )
-        if index["num_samples"] != len(shard_set):
-            raise ValueError(f"num_samples {index['num_samples']}, but the shards hold {len(shard_set)}")
+        shard_set._check(index["num_samples"])
         return shard_set
+
+    def _check(self, num_samples: int) -> None:
+        labels = len(self.classes) + 1
+        if num_samples != len(self):
+            raise ValueError(f"num_samples {num_samples}, but the shards hold {len(self)}")
+        if len({shard.path for shard in self.shards}) != len(self.shards):
+            raise ValueError("the same shard is listed twice")
+        for field, expected in (("colours", labels - 1), ("class_pixels", labels), ("class_images", labels)):
+            if len(getattr(self, field)) != expected:
+                raise ValueError(f"{len(getattr(self, field))} {field} for {labels - 1} classes")
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -126,7 +135,7 @@ class ShardSet:
             raise IndexError(f"sample {index} of {len(self)}")
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         shard = self.shards[number]
-        return shard, _members(shard)[index - int(self._starts[number])]
+        return shard, read_members(shard)[index - int(self._starts[number])]
 
     def key(self, index: int) -> str:
         """The name of sample `index`."""
@@ -185,16 +194,19 @@ def members_path(shard_path: Path) -> Path:
 
 
 @lru_cache(maxsize=1024)
-def _members(shard: Shard) -> "NDArray[np.void]":
+def read_members(shard: Shard) -> "NDArray[np.void]":
+    """The records of a shard's samples (see `member_dtype`); UserError if they cannot be read."""
     path = shard.members_path
     try:
         members: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} cannot be read ({error}); restore it, or pack the scenes again") from error
-    if members.dtype.names != member_dtype(1).names or len(members) != shard.num_samples:
+    key_bytes = members.dtype["key"].itemsize if "key" in (members.dtype.names or ()) else 1
+    if members.dtype != member_dtype(key_bytes) or members.shape != (shard.num_samples,):
         raise UserError(
-            f"{path} has {len(members)} records of {members.dtype.names}; {shard.num_samples} records of "
-            f"{member_dtype(1).names} are needed; restore it, or pack the scenes again"
+            f"{path} has records of shape {members.shape} and fields {members.dtype.names}; "
+            f"{shard.num_samples} records of {member_dtype(1).names} are needed; restore it, or pack the scenes "
+            "again"
         )
     return members
 
@@ -202,7 +214,7 @@ def _members(shard: Shard) -> "NDArray[np.void]":
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX_NAME
     try:
-        index = json.loads(path.read_text())
+        index = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         splits = sorted(p.parent.name for p in folder.glob(f"*/{INDEX_NAME}")) if folder.is_dir() else []
         hint = f"it has the splits {', '.join(splits)}" if splits else "make one with shards/create.py"

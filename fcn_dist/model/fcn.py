@@ -65,9 +65,7 @@ class FCN(nn.Module):
             if score is not None:
                 nn.init.zeros_(score.weight)
 
-    def forward(
-        self, images_BHW3: Tensor, coarse: bool = False, dropout_keys: Sequence[int] | None = None
-    ) -> Tensor:
+    def forward(self, images_BHW3: Tensor, coarse: bool = False, dropout_keys: Sequence[int] | None = None) -> Tensor:
         """Scores (B, C, H, W) of RGB images in 0-255 (uint8 or floating), or (B, C, h, w) if `coarse`.
 
         In training mode, dropout draws from `dropout_keys`, one 64-bit key an image, or if None from torch's

@@ -1,0 +1,136 @@
+"""`describe`: print what a shard set holds, and draw a sheet of its samples."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from rich.markup import escape
+from rich.table import Table
+
+from fcn_dist.console import console
+from fcn_dist.data.describe import Description, Spread, describe
+from fcn_dist.data.shardset import ShardSet
+from fcn_dist.data.verify import find_splits
+from fcn_dist.deploy.pictures import overlay
+from fcn_dist.errors import UserError, named
+from fcn_dist.files import write_text
+
+SHEET_COLUMNS, CELL_WIDTH, GAP, CAPTION_HEIGHT = 3, 240, 12, 18
+BAR_WIDTH = 24
+PAPER, INK = (255, 255, 255), (60, 60, 60)
+
+
+def main(argv: list[str]) -> None:
+    """Describe every split of the folder."""
+    arguments = _parser().parse_args(argv)
+    shard_sets = [ShardSet.open(folder) for folder in find_splits(arguments.out)]
+    descriptions = [describe(shard_set) for shard_set in shard_sets]
+    for description in descriptions:
+        _print(description, arguments.top)
+    if arguments.json:
+        facts = {description.split: asdict(description) for description in descriptions}
+        write_text(arguments.json, json.dumps(facts, indent=1) + "\n")
+    if arguments.sheet:
+        _write_sheet(arguments.sheet, shard_sets, arguments.samples)
+        console.print(f"sheet: {arguments.sheet}", markup=False)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("describe", description="Print what a shard set holds.")
+    parser.add_argument("out", type=Path, help="folder that create has written, or one split of it")
+    parser.add_argument("--top", type=int, default=20, metavar="N", help="classes to list (default: %(default)s)")
+    parser.add_argument("--sheet", type=Path, metavar="PATH", help="draw samples with their labels into this PNG")
+    parser.add_argument("--samples", type=int, default=12, metavar="N", help="on the sheet (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there as well")
+    return parser
+
+
+def _print(description: Description, top: int) -> None:
+    d = description
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="dim")
+    facts.add_row("samples", f"{d.samples:,} in {d.shards:,} shard{'s' * (d.shards > 1)}, {d.bytes / 1e6:,.1f} MB")
+    for side in ("height", "width", "short_side"):
+        spread: Spread = getattr(d, side)
+        facts.add_row(side.replace("_", " "), f"{spread.smallest} to {spread.largest}, median {spread.median:g}")
+    for name, triple in (("mean", d.channel_mean), ("std", d.channel_std)):
+        facts.add_row(f"channel {name}", "RGB " + "  ".join(f"{value:.2f}" for value in triple))
+    facts.add_row("unlabelled", f"{d.unlabelled_share:.1%} of all pixels")
+    options = ", ".join(f"{name} {value}" for name, value in d.created_by["options"].items() if value is not None)
+    facts.add_row("packed by", escape(f"fcn-dist {d.created_by['fcn_dist']}: {options}"))
+    for kind, conversion in d.created_by["conversions"].items() or {"none": {"count": 0, "keys": []}}.items():
+        keys = f": {named(conversion['keys'])}" if conversion["keys"] else ""
+        facts.add_row("converted", escape(f"{conversion['count']} x {kind}{keys}" if keys else "none"))
+    console.rule(f"[bold]{escape(d.split)}[/]", align="left")
+    console.print(facts)
+    console.print(_class_table(d, top))
+
+
+def _class_table(description: Description, top: int) -> Table:
+    shown = description.classes[:top]
+    table = Table(box=None, header_style="dim", padding=(0, 1))
+    for header in ("label", "", "share", "", "images", "class"):
+        table.add_column(header, justify="right" if header in ("label", "share", "images") else "left")
+    largest = max((c.pixel_share for c in shown), default=0.0) or 1.0
+    for c in shown:
+        colour = f"rgb({c.colour[0]},{c.colour[1]},{c.colour[2]})"
+        bar = f"[{colour}]{'█' * round(c.pixel_share / largest * BAR_WIDTH)}[/]"
+        row = str(c.label), f"[{colour}]██[/]", f"{c.pixel_share:.2%}", bar, f"{c.images:,}", escape(c.name)
+        table.add_row(*row)
+    rest = description.classes[top:]
+    if rest:
+        absent = sum(not c.images for c in rest)
+        share = f"{sum(c.pixel_share for c in rest):.2%}"
+        table.add_row("", "", share, "", "", f"[dim]{len(rest)} more classes, {absent} of them in no image[/]")
+    return table
+
+
+def _write_sheet(path: Path, shard_sets: list[ShardSet], samples: int) -> None:
+    """Draw `samples` of each split, spread evenly over it: image and labels side by side."""
+    cells = []
+    for shard_set in shard_sets:
+        count = min(samples, len(shard_set))
+        indices = np.linspace(0, len(shard_set) - 1, count).round().astype(int)
+        cells += [_cell(shard_set, int(index)) for index in indices]
+    rows = [
+        np.hstack(_level(cells[start : start + SHEET_COLUMNS])) for start in range(0, len(cells), SHEET_COLUMNS)
+    ]
+    width = max(row.shape[1] for row in rows)
+    sheet = np.vstack([_padded(row, row.shape[0], width) for row in rows])
+    ok, png = cv2.imencode(".png", np.pad(sheet, ((GAP, 0), (GAP, 0), (0, 0)), constant_values=255)[..., ::-1])
+    assert ok
+    try:
+        path.write_bytes(png.tobytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose another path for --sheet") from error
+
+
+def _cell(shard_set: ShardSet, index: int) -> NDArray[np.uint8]:
+    sample = shard_set.read(index)
+    image = cv2.imdecode(np.frombuffer(sample.image, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    labels = cv2.imdecode(np.frombuffer(sample.mask, np.uint8), cv2.IMREAD_UNCHANGED)
+    size = CELL_WIDTH, max(1, round(image.shape[0] * CELL_WIDTH / image.shape[1]))
+    image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    labels = cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST_EXACT)
+    pair = np.hstack([image, overlay(image, labels, shard_set.colours)])
+    cell = _padded(pair, pair.shape[0] + CAPTION_HEIGHT + GAP, pair.shape[1] + GAP)
+    caption = f"{shard_set.split}: {sample.key}".encode("ascii", "replace").decode()
+    baseline = pair.shape[0] + CAPTION_HEIGHT - 5
+    cv2.putText(cell, caption, (0, baseline), cv2.FONT_HERSHEY_SIMPLEX, 0.4, INK, 1, cv2.LINE_AA)
+    return cell
+
+
+def _level(cells: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+    height = max(cell.shape[0] for cell in cells)
+    return [_padded(cell, height, cell.shape[1]) for cell in cells]
+
+
+def _padded(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """`image` in the upper left corner of a sheet of paper."""
+    paper = np.full((height, width, 3), PAPER, np.uint8)
+    paper[: image.shape[0], : image.shape[1]] = image
+    return paper

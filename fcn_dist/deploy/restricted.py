@@ -1,0 +1,72 @@
+"""Files written by torch.save in, plain tensors and containers out; nothing in a file is ever run.
+
+DeepSpeed's files name four classes of its own. Each is replaced by an inert stand-in, so that not even DeepSpeed's
+code runs (nor is it imported), and whatever else a file names is refused before it is read.
+"""
+
+import pickle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fcn_dist.errors import UserError, named
+
+
+class LossScaler:
+    """Stands for a loss scaler's state, of which nothing is needed."""
+
+
+class DynamicLossScaler(LossScaler):
+    """A scaler of its own, since torch finds allowed classes by identity."""
+
+
+class ZeroStage(int):
+    """ZeroStageEnum, an integer."""
+
+
+class Fragment:
+    """Where a parameter's part lies in a rank's flat vector."""
+
+    start: int
+    numel: int
+
+
+class StandIn(NamedTuple):
+    """What is built where a file names `full_name`."""
+
+    kind: type
+    full_name: str
+
+
+STAND_INS = (
+    StandIn(LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    StandIn(DynamicLossScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    StandIn(ZeroStage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    StandIn(Fragment, "deepspeed.utils.tensor_fragment.fragment_address"),
+)
+
+
+def load_restricted(path: Path) -> dict[str, Any]:
+    """The dictionary in `path`, its tensors mapped from the file on the CPU.
+
+    Raises UserError if the file is none of torch.save's, or names anything but tensors and the stand-ins.
+    """
+    with torch.serialization.safe_globals([tuple(stand_in) for stand_in in STAND_INS]):
+        try:
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            if foreign:
+                raise UserError(
+                    f"{path} carries {named(sorted(foreign))}, which could run code when it is read; a DeepSpeed "
+                    "checkpoint holds tensors and plain values; restore the file from a copy you trust"
+                )
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except (RuntimeError, ValueError, TypeError, KeyError, EOFError, OSError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"{path} cannot be read ({reason}); a file as DeepSpeed saved it is needed; restore it from a copy, "
+                "or convert another step"
+            ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}; a dictionary as DeepSpeed saves it is needed")
+    return content

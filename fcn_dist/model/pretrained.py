@@ -1,0 +1,89 @@
+"""Weights in: a VGG state dict to the trunk of an FCN, with the preprocessing those weights expect."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fcn_dist.errors import UserError
+from fcn_dist.model.fcn import FCN
+from fcn_dist.model.preprocess import CAFFE, TORCHVISION, Preprocessing
+
+CONVENTIONS = {"caffe": CAFFE, "torchvision": TORCHVISION}
+# Where torchvision's classifier keeps what fc6 and fc7 are as convolutions, and the kernel each becomes.
+CLASSIFIER = {"classifier.0": ("fc6", 7), "classifier.3": ("fc7", 1)}
+
+
+def read_weights(path: Path, convention: str | None) -> tuple[dict[str, Tensor], Preprocessing]:
+    """A VGG state dict in torchvision's key names, and its preprocessing.
+
+    `convention` None takes what a safetensors file's metadata says. Raises UserError if the file cannot be read,
+    is no state dict, or its convention is unknown. `.pth` files are read without unpickling code.
+    """
+    try:
+        state, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), {})
+    except OSError as error:
+        raise UserError(f"weights {path} cannot be read ({error.strerror or error}); set model.weights") from error
+    except Exception as error:  # both readers raise kinds of their own for damage
+        raise UserError(f"weights {path} are no state dict ({error}); a VGG state dict is needed") from error
+    convention = convention or metadata.get("preprocessing", "").partition(":")[0]
+    if convention not in CONVENTIONS:
+        raise UserError(
+            f"weights {path} do not say which pixels they expect; one of {', '.join(CONVENTIONS)} is needed; set "
+            "model.weights_convention"
+        )
+    return state, CONVENTIONS[convention]
+
+
+def load_weights(model: FCN, state: Mapping[str, Tensor], where: str) -> list[str]:
+    """Copy the convolutions of `state` into the trunk, and its classifier into fc6 and fc7 where it fits.
+
+    Returns the names of the modules that were filled. Raises UserError, naming `where`, if a convolution is missing
+    or has another shape.
+    """
+    own = model.state_dict()
+    found = {}
+    for name, tensor in own.items():
+        if not name.startswith("features."):
+            continue
+        if name not in state or state[name].shape != tensor.shape:
+            shape = tuple(state[name].shape) if name in state else "missing"
+            raise UserError(
+                f"weights {where}: {name} is {shape}; {tuple(tensor.shape)} is needed by backbone "
+                f"{model.config.backbone} at width {model.config.width}; change model.backbone, model.width or "
+                "model.weights"
+            )
+        found[name] = state[name]
+    for source, (target, kernel) in CLASSIFIER.items():
+        found |= _classifier_layer(state, source, target, kernel, own)
+    with torch.no_grad():
+        for name, tensor in found.items():
+            own[name].copy_(tensor)
+    return sorted({name.rpartition(".")[0] for name in found})
+
+
+def _classifier_layer(
+    state: Mapping[str, Tensor], source: str, target: str, kernel: int, own: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    weight, bias = state.get(f"{source}.weight"), state.get(f"{source}.bias")
+    if weight is None or bias is None or weight.shape[0] != own[f"{target}.weight"].shape[0]:
+        return {}
+    return {
+        f"{target}.weight": weight.reshape(weight.shape[0], -1, kernel, kernel),
+        f"{target}.bias": bias,
+    }
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError("not a mapping of names to tensors")
+    return state

@@ -1,0 +1,105 @@
+"""Evaluation: a network and a shard set in, scores out; every sample exactly once on any number of ranks."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fcn_dist.data.loader import Scene, build_scene_loader
+from fcn_dist.data.shardset import ShardSet
+from fcn_dist.errors import UserError
+from fcn_dist.model.fcn import FCN
+from fcn_dist.model.upsampling import argmax_upsampled
+from fcn_dist.ranks import Rank
+from fcn_dist.scoring.metrics import ConfusionMatrix, Scores, score
+
+# What a rank without a sample left feeds the network: any image will do, its answer is dropped.
+SPARE_IMAGE_SIZE = 32
+
+
+def evaluate(
+    model: FCN,
+    shard_set: ShardSet,
+    *,
+    forward: Callable[..., Tensor] | None = None,
+    rank: Rank | None = None,
+    workers: int = 0,
+    advance: Callable[[int], None] = lambda samples: None,
+) -> Scores:
+    """Score `model` on every sample at its annotation's own resolution.
+
+    `forward` is called in place of the model itself, for engines that wrap it. With `rank` of more than one
+    process, torch.distributed must be initialised; all ranks return the same scores. `advance` is told of
+    finished samples.
+
+    Raises UserError if the set's classes do not fit the network's outputs, or a sample is damaged.
+    """
+    rank = rank or Rank()
+    forward = forward or model
+    score_other = scores_other(model, shard_set)
+    label_table = np.frombuffer(shard_set.label_rule(score_other).label_table, np.uint8)
+    device = model.score_fr.weight.device
+    matrix = ConfusionMatrix(len(shard_set.classes))
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for scene in rounds(shard_set, rank, workers):
+            if scene is None:
+                spare = torch.zeros(1, SPARE_IMAGE_SIZE, SPARE_IMAGE_SIZE, 3, dtype=torch.uint8, device=device)
+                forward(spare, coarse=True)
+                continue
+            coarse = forward(scene.image.to(device), coarse=True)
+            outputs = argmax_upsampled(coarse, (scene.labels.shape[0], scene.labels.shape[1]), model.stride)
+            matrix.update(scene.labels.numpy(), label_table[outputs[0].cpu().numpy()])
+            advance(1)
+    model.train(was_training)
+    _sum_over_ranks(matrix, rank, device)
+    return score(matrix, shard_set.classes, shard_set.split, len(shard_set), score_other)
+
+
+def rounds(shard_set: ShardSet, rank: Rank, workers: int) -> Iterator[Scene | None]:
+    """This rank's scenes, then None until every rank has had equally many.
+
+    Under ZeRO-3 each forward gathers weights from all ranks: a rank that stopped early would leave the others
+    waiting for ever.
+    """
+    count = 0
+    for scene in build_scene_loader(shard_set, rank, workers):
+        yield scene
+        count += 1
+    for _ in range(count, math.ceil(len(shard_set) / rank.world_size)):
+        yield None
+
+
+def scores_other(model: FCN, shard_set: ShardSet) -> bool:
+    """Whether "other" is an output of `model`, which its number of outputs tells; UserError if it fits neither."""
+    classes = len(shard_set.classes)
+    if model.num_outputs not in (classes, classes + 1):
+        raise UserError(
+            f"the network has {model.num_outputs} outputs, but {shard_set.dir} has {classes} classes; {classes} "
+            f"outputs (or {classes + 1}, with label 0 as a class) are needed; give the shard set it was trained on"
+        )
+    return model.num_outputs == classes + 1
+
+
+def check_classes(classes: tuple[str, ...], shard_set: ShardSet) -> None:
+    """Raise UserError unless `classes`, those of a trained network, are the shard set's."""
+    if classes == shard_set.classes:
+        return
+    if len(classes) != len(shard_set.classes):
+        found = f"{len(classes)} classes, but {shard_set.dir} has {len(shard_set.classes)}"
+    else:
+        pairs = zip(classes, shard_set.classes, strict=True)
+        label, (ours, theirs) = next((i, p) for i, p in enumerate(pairs, start=1) if p[0] != p[1])
+        found = f"class {label} {ours!r}, but in {shard_set.dir} it is {theirs!r}"
+    raise UserError(f"the network was trained on {found}; the same classes are needed; give the shard set it fits")
+
+
+def _sum_over_ranks(matrix: ConfusionMatrix, rank: Rank, device: torch.device) -> None:
+    if rank.world_size > 1:
+        counts = torch.from_numpy(matrix.counts).to(device)
+        dist.all_reduce(counts)
+        matrix.counts = counts.cpu().numpy()

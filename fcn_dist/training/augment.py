@@ -1,0 +1,40 @@
+"""What is done to a micro-batch on the device: mirroring and colour jitter, keyed by stream position.
+
+Shapes: B images, H x W the crop.
+"""
+
+import torch
+from torch import Tensor
+
+from fcn_dist.config import DataConfig
+from fcn_dist.data.loader import Batch
+from fcn_dist.data.transforms import generator
+from fcn_dist.keys import Purpose
+
+
+def to_device(batch: Batch, config: DataConfig, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images (B, H, W, 3), uint8 or float32 in 0-255, and targets (B, H, W) uint8 as the network trains on them."""
+    images = batch.images.to(device, non_blocking=True)
+    targets = batch.targets.to(device, non_blocking=True)
+    draws = [generator(seed, position, Purpose.PHOTOMETRIC).random(4) for position in batch.positions]
+    mirrored = torch.tensor([draw[0] < config.flip for draw in draws], device=device)
+    images = torch.where(mirrored[:, None, None, None], images.flip(2), images)
+    targets = torch.where(mirrored[:, None, None], targets.flip(2), targets)
+    if config.jitter:
+        factors = torch.tensor([1 + config.jitter * (2 * draw[1:] - 1) for draw in draws], device=device)
+        images = jitter(images, factors.float())
+    return images, targets
+
+
+def jitter(images_BHW3: Tensor, factors_B3: Tensor) -> Tensor:
+    """Scale brightness, contrast (about the image's mean grey) and saturation (about each pixel's grey).
+
+    Returns float32 in 0-255. Grey is Rec. 601 luma.
+    """
+    brightness, contrast, saturation = factors_B3[:, :, None, None, None].unbind(1)
+    images = images_BHW3.float() * brightness
+    luma = images.new_tensor((0.299, 0.587, 0.114))
+    mean = (images @ luma).mean(dim=(1, 2))[:, None, None, None]
+    images = mean + (images - mean) * contrast
+    grey = (images @ luma)[..., None]
+    return (grey + (images - grey) * saturation).clamp_(0, 255)

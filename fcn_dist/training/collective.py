@@ -1,0 +1,69 @@
+"""The few things ranks say to each other outside DeepSpeed's own traffic."""
+
+import os
+import socket
+from collections.abc import Callable
+from typing import TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fcn_dist.errors import UserError
+from fcn_dist.ranks import Rank
+
+T = TypeVar("T")
+
+
+def start_ranks() -> Rank:
+    """Join the ranks that a launcher started, or be the only one; returns who this process is."""
+    rank = Rank.from_environment()
+    if "RANK" not in os.environ:
+        # Started without a launcher. DeepSpeed would ask MPI; one process on a port of its own needs no one.
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in alone.items()})
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank.local)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # Each rank would otherwise take all cores, and they would wait for each other.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // rank.local_world_size))
+    if not dist.is_initialized():
+        deepspeed.init_distributed(verbose=False)
+    return rank
+
+
+def device(rank: Rank) -> torch.device:
+    """Where this rank computes."""
+    return torch.device("cuda", rank.local) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def on_rank_zero(rank: Rank, action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 alone and give its result to all; a UserError is raised on all ranks alike."""
+    outcome: list[T | UserError | None] = [None]
+    if rank.index == 0:
+        try:
+            outcome = [action()]
+        except UserError as error:
+            outcome = [error]
+    if rank.world_size > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]  # type: ignore[return-value]
+
+
+def sum_over_ranks(values: Tensor, rank: Rank) -> Tensor:
+    """The element-wise sum of `values` over all ranks, in place."""
+    if rank.world_size > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def barrier(rank: Rank) -> None:
+    """Wait for all ranks."""
+    if rank.world_size > 1:
+        dist.barrier()

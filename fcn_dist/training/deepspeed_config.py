@@ -1,0 +1,142 @@
+"""The DeepSpeed configuration: a JSON file and the recipe in, one resolved configuration out.
+
+DeepSpeed's usual names and its usual "auto": batch sizes and the learning rate are then taken from the recipe, and
+any other "auto" leaves DeepSpeed its default. What both state differently is an error that names both places.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fcn_dist.config import Recipe
+from fcn_dist.errors import UserError
+from fcn_dist.ranks import BatchPlan, plan_batches
+
+AUTO = "auto"
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
+DEFAULT: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": AUTO,
+    "gradient_accumulation_steps": AUTO,
+    "bf16": {"enabled": True},
+    "zero_optimization": {"stage": 1},
+    "optimizer": {"type": "AdamW", "params": {"lr": AUTO, "weight_decay": 0.01, "torch_adam": True}},
+    "gradient_clipping": 1.0,
+}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """A DeepSpeed configuration with nothing left open."""
+
+    values: dict[str, Any]
+    plan: BatchPlan
+    learning_rate: float
+    precision: str  # "float32", "bfloat16" or "float16"
+    zero_stage: int
+
+
+def read_deepspeed_config(path: Path | None) -> dict[str, Any]:
+    """The JSON file's content; bf16 and ZeRO stage 1 with AdamW if `path` is None."""
+    if path is None:
+        return DEFAULT
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(
+            f"DeepSpeed configuration {path} cannot be read ({error.strerror}); give a JSON file such as "
+            "launch/zero/zero2_bf16.json"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"DeepSpeed configuration {path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"DeepSpeed configuration {path} is a {type(values).__name__}; a JSON object is needed")
+    return values
+
+
+def resolve(values: dict[str, Any], recipe: Recipe, world_size: int) -> EngineConfig:
+    """Fill in every "auto". Raises UserError where the two conflict, or something is missing."""
+    _refuse_what_the_recipe_owns(values)
+    precision = _precision(values)
+    plan = _plan(values, recipe, world_size)
+    rate = _learning_rate(values, recipe)
+    stage = values.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"zero_optimization.stage is {stage!r}; 0, 1, 2 or 3 is needed")
+    optimizer = values["optimizer"]
+    resolved = _without_auto(values) | {
+        "train_batch_size": plan.global_batch,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        "optimizer": {**optimizer, "params": {**_without_auto(optimizer.get("params", {})), "lr": rate}},
+    }
+    # Progress is shown by the loop, from figures that are right for the whole global batch.
+    resolved.setdefault("steps_per_print", 1 << 62)
+    if stage:
+        # DeepSpeed's list of tested optimizers lacks SGD; ZeRO is right for every elementwise update.
+        resolved.setdefault("zero_allow_untested_optimizer", True)
+    return EngineConfig(resolved, plan, rate, precision, stage)
+
+
+def _refuse_what_the_recipe_owns(values: dict[str, Any]) -> None:
+    if "scheduler" in values:
+        raise UserError(
+            "the DeepSpeed configuration has a 'scheduler', and the recipe's schedule section owns the learning "
+            "rate; only one can; remove 'scheduler' from the JSON and set schedule.kind"
+        )
+    if not isinstance(values.get("optimizer"), dict) or "type" not in values["optimizer"]:
+        raise UserError(
+            "the DeepSpeed configuration names no optimizer; optimizer.type is needed, such as "
+            '{"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}'
+        )
+
+
+def _precision(values: dict[str, Any]) -> str:
+    enabled = [key for key in PRECISIONS if values.get(key, {}).get("enabled") is True]
+    if len(enabled) > 1:
+        raise UserError("the DeepSpeed configuration enables both bf16 and fp16; one is needed; disable the other")
+    return PRECISIONS[enabled[0]] if enabled else "float32"
+
+
+def _plan(values: dict[str, Any], recipe: Recipe, world_size: int) -> BatchPlan:
+    sizes: list[int | None] = []
+    for key in BATCH_KEYS:
+        size = values.get(key, AUTO)
+        if size != AUTO and (not isinstance(size, int) or size < 1):
+            raise UserError(f'{key} is {size!r} in the DeepSpeed configuration; 1 or more, or "auto", is needed')
+        sizes.append(None if size == AUTO else size)
+    total, micro_batch, accumulation = sizes
+    stated = recipe.train.global_batch
+    if total is not None and stated is not None and total != stated:
+        raise UserError(
+            f"train_batch_size is {total} in the DeepSpeed configuration, and train.global_batch {stated} in the "
+            'recipe; one value is needed; set one of them to "auto" or null'
+        )
+    return plan_batches(total or stated, micro_batch, accumulation, world_size)
+
+
+def _learning_rate(values: dict[str, Any], recipe: Recipe) -> float:
+    rate = values["optimizer"].get("params", {}).get("lr", AUTO)
+    stated = recipe.schedule.learning_rate
+    if rate == AUTO:
+        if stated is None:
+            raise UserError(
+                "no learning rate is given; set schedule.learning_rate in the recipe or optimizer.params.lr in the "
+                "DeepSpeed configuration"
+            )
+        return stated
+    if stated is not None and stated != rate:
+        raise UserError(
+            f"optimizer.params.lr is {rate} in the DeepSpeed configuration, and schedule.learning_rate {stated} in "
+            'the recipe; one value is needed; set one of them to "auto" or null'
+        )
+    return float(rate)
+
+
+def _without_auto(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if value != AUTO
+    }

@@ -1,0 +1,95 @@
+"""The DeepSpeed engine: a network and a resolved configuration in, an engine out, and its state to and from disk."""
+
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fcn_dist.errors import UserError
+from fcn_dist.files import sync
+from fcn_dist.model.fcn import FCN
+from fcn_dist.training.checkpoint import DEEPSPEED_TAG, PROBE_NAME, Checkpoint
+from fcn_dist.training.deepspeed_config import EngineConfig
+from fcn_dist.training.schedule import ParameterGroup
+
+Engine = Any  # deepspeed.DeepSpeedEngine, which is not typed
+
+PROBE_SIZE = (96, 96)  # pixels; not square multiples of 32 would do as well, any size works
+
+
+def build_engine(model: FCN, config: EngineConfig, groups: list[ParameterGroup]) -> Engine:
+    """Wrap `model`, whose weights must be loaded already: DeepSpeed copies its masters from them now."""
+    parameters: list[dict[str, Any]] = []
+    for group in groups:
+        options: dict[str, Any] = {"params": list(group.parameters), "lr": config.learning_rate * group.multiplier}
+        if not group.decays:
+            options["weight_decay"] = 0.0
+        parameters.append(options)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=config.values)
+    except deepspeed.runtime.config.DeepSpeedConfigError as error:
+        raise UserError(f"DeepSpeed refuses its configuration: {error}") from error
+    return engine
+
+
+def set_learning_rate(engine: Engine, groups: list[ParameterGroup], rate: float) -> None:
+    """Give each parameter group the schedule's rate times its multiplier."""
+    own = engine.optimizer.param_groups
+    assert len(own) == len(groups)
+    for options, group in zip(own, groups, strict=True):
+        options["lr"] = rate * group.multiplier
+
+
+def loss_scale(engine: Engine) -> float | None:
+    """The dynamic loss scale of fp16, None in other precisions."""
+    return float(engine.loss_scale()) if engine.fp16_enabled() else None
+
+
+def probe_image() -> Tensor:
+    """A fixed image, (1, H, W, 3) uint8, whose scores identify a network's weights."""
+    pixels = torch.Generator().manual_seed(0)
+    coarse = torch.randint(0, 256, (1, 3, PROBE_SIZE[0] // 8, PROBE_SIZE[1] // 8), generator=pixels)
+    smooth = torch.nn.functional.interpolate(coarse.float(), PROBE_SIZE, mode="bilinear")
+    return smooth.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def write_state(engine: Engine, folder: Path, is_first_rank: bool) -> None:
+    """Write this rank's share of the engine's state to `folder`. All ranks call it."""
+    engine.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, save_latest=False)
+    engine.eval()
+    image = probe_image()
+    with torch.inference_mode():
+        # Under ZeRO-3 every rank takes part in a forward.
+        scores = engine(image.to(engine.device), coarse=True)
+    engine.train()
+    if is_first_rank:
+        for script in folder.glob("*.py"):
+            script.unlink()  # DeepSpeed drops its converter beside its files; a checkpoint holds data only
+        save_file({"image": image, "scores": scores.float().cpu().contiguous()}, folder / PROBE_NAME)
+        sync(folder / PROBE_NAME)
+
+
+def read_state(engine: Engine, config: EngineConfig, checkpoint: Checkpoint) -> None:
+    """Restore weights, optimizer and scaler. All ranks call it.
+
+    Raises UserError if the checkpoint was cut for other ranks, another ZeRO stage or precision.
+    """
+    saved = checkpoint.state
+    ours = {
+        "ranks": config.plan.world_size,
+        "ZeRO stage": config.zero_stage,
+        "precision": config.precision,
+    }
+    theirs = {"ranks": saved.world_size, "ZeRO stage": saved.zero_stage, "precision": saved.precision}
+    for what, value in ours.items():
+        if theirs[what] != value:
+            raise UserError(
+                f"{checkpoint.dir} was written with {what} {theirs[what]}, and this run has {value}; the same is "
+                "needed to continue; start with the same, or convert the checkpoint and train from its weights"
+            )
+    path, _ = engine.load_checkpoint(str(checkpoint.dir), tag=DEEPSPEED_TAG)
+    if path is None:
+        raise RuntimeError(f"DeepSpeed did not load {checkpoint.dir}, whose files are whole")

@@ -1,0 +1,282 @@
+"""A whole training run: shards, a recipe and a DeepSpeed configuration in, a run folder out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fcn_dist.config import Recipe
+from fcn_dist.data.loader import build_loader
+from fcn_dist.data.shardset import INDEX_NAME, ShardSet
+from fcn_dist.data.stream import SampleStream
+from fcn_dist.errors import UserError
+from fcn_dist.files import sha256
+from fcn_dist.keys import Purpose, key64
+from fcn_dist.model.description import ModelDescription
+from fcn_dist.model.fcn import FCN
+from fcn_dist.model.preprocess import Preprocessing
+from fcn_dist.model.pretrained import load_weights, read_weights
+from fcn_dist.progress import TrainingProgress
+from fcn_dist.ranks import Rank
+from fcn_dist.scoring.evaluate import evaluate
+from fcn_dist.scoring.metrics import Scores
+from fcn_dist.training import checkpoint as checkpoints
+from fcn_dist.training.checkpoint import Checkpoint, CheckpointState
+from fcn_dist.training.collective import barrier, device, on_rank_zero, start_ranks
+from fcn_dist.training.deepspeed_config import EngineConfig, resolve
+from fcn_dist.training.engine import Engine, build_engine, read_state, write_state
+from fcn_dist.training.loop import Job, train_steps
+from fcn_dist.training.runfolder import (
+    Journal,
+    RunRecord,
+    command_line,
+    create_run_folder,
+    environment,
+    read_run_record,
+    write_run_record,
+)
+from fcn_dist.training.schedule import check_warmup, parameter_groups, total_steps
+
+TRAINING_SPLIT = "training"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What `train` needs to know."""
+
+    shards: Path  # folder with one shard set a split
+    output: Path  # the run folder
+    recipe: Recipe
+    deepspeed: dict[str, Any]  # as read, "auto" not yet resolved
+    resume: bool = False
+
+
+def train(config: RunConfig) -> Scores | None:
+    """Train to the recipe's last step, on the ranks a launcher started or on one device.
+
+    Returns the last evaluation's scores, the same on every rank; None if there was none.
+    Raises UserError for what is wrong with shards, recipe, configuration or run folder, before anything is written.
+    """
+    recipe = config.recipe
+    shard_set, validation = open_splits(config)
+    rank = Rank.from_environment()
+    engine_config = resolve(config.deepspeed, recipe, rank.world_size)
+    steps = total_steps(recipe.schedule, len(shard_set), engine_config.plan.global_batch)
+    check_warmup(recipe.schedule, steps)
+    model, description, filled = build_model(recipe, shard_set)
+
+    start_ranks()
+    record = run_record(config, engine_config, description, shard_set, validation, steps)
+    found = on_rank_zero(rank, lambda: enter_run_folder(config, record))
+    groups = parameter_groups(model, recipe.schedule)
+    engine = build_engine(model, engine_config, groups)
+    first_step = 0
+    if found:
+        read_state(engine, engine_config, found)
+        first_step = found.state.step
+
+    stream = SampleStream(shard_set, recipe.train.seed)
+    job = Job(recipe, engine_config, groups, stream, model.stride, rank, device(rank), steps)
+    pin = job.device.type == "cuda"
+    todo = range(first_step, steps)
+    batches = build_loader(shard_set, stream, engine_config.plan, recipe.data, rank.index, todo, pin)
+    journal = Journal(config.output, first_step) if rank.index == 0 else None
+    with TrainingProgress(steps, first_step, shown=rank.index == 0) as progress:
+        progress.say(headline(record, description, filled, first_step))
+        keeper = Keeper(config.output, job, record, engine, progress, journal)
+        scorer = Scorer(model, engine, validation, job, progress, journal)
+        if journal:
+            journal.write("start", first_step, world_size=rank.world_size, command=record.command)
+        train_steps(
+            job,
+            engine,
+            batches,
+            first_step,
+            progress,
+            journal,
+            scorer,
+            lambda done: keeper.save(done, scorer.last),
+        )
+    return scorer.last
+
+
+def open_splits(config: RunConfig) -> tuple[ShardSet, ShardSet | None]:
+    """The training split, and the one to evaluate on unless the recipe never does."""
+    shard_set = ShardSet.open(config.shards, TRAINING_SPLIT)
+    evaluation = config.recipe.evaluate
+    if not evaluation.every and not evaluation.at_end:
+        return shard_set, None
+    validation = ShardSet.open(config.shards, evaluation.split)
+    if validation.classes != shard_set.classes:
+        raise UserError(f"{validation.dir} has other classes than {shard_set.dir}; pack both splits together")
+    return shard_set, validation
+
+
+def build_model(recipe: Recipe, shard_set: ShardSet) -> tuple[FCN, ModelDescription, list[str]]:
+    """The network with its first weights, what it is, and which of its modules came from a file."""
+    weights: dict[str, torch.Tensor] = {}
+    preprocessing = Preprocessing("RGB", shard_set.channel_mean, shard_set.channel_std)
+    if recipe.model.weights:
+        weights, preprocessing = read_weights(Path(recipe.model.weights), recipe.model.weights_convention)
+    description = ModelDescription(
+        recipe.model, preprocessing, shard_set.classes, shard_set.colours, recipe.data.score_other
+    )
+    torch.manual_seed(key64(recipe.train.seed, Purpose.WEIGHTS))
+    model = description.build()
+    filled = load_weights(model, weights, str(recipe.model.weights)) if weights else []
+    return model, description, filled
+
+
+def run_record(
+    config: RunConfig,
+    engine_config: EngineConfig,
+    description: ModelDescription,
+    shard_set: ShardSet,
+    validation: ShardSet | None,
+    steps: int,
+) -> RunRecord:
+    """Everything that decides what this run computes."""
+    splits = [shard_set] + ([validation] if validation else [])
+    return RunRecord(
+        recipe=config.recipe.as_dict(),
+        deepspeed=engine_config.values,
+        model=description.as_dict(),
+        shards=str(config.shards.resolve()),
+        index_sha256={split.split: sha256(split.dir / INDEX_NAME) for split in splits},
+        world_size=engine_config.plan.world_size,
+        steps=steps,
+        global_batch=engine_config.plan.global_batch,
+        command=command_line(),
+        **environment(),
+    )
+
+
+def enter_run_folder(config: RunConfig, record: RunRecord) -> Checkpoint | None:
+    """Create the run folder, or find the checkpoint to continue from. Rank 0 calls this."""
+    if not config.resume:
+        create_run_folder(config.output)
+        write_run_record(config.output, record)
+        return None
+    before = read_run_record(config.output)
+    found, damages = checkpoints.open_checkpoint(config.output)
+    for damage in damages:
+        print(f"passed over {damage.dir}: {damage.reason}", flush=True)
+    refuse_another_run(before, record, config.output)
+    if found.state.step >= record.steps:
+        raise UserError(
+            f"{config.output} is trained to step {found.state.step} already, and the run has {record.steps}; more "
+            "steps are needed to continue; raise --steps"
+        )
+    return found
+
+
+def refuse_another_run(before: RunRecord, now: RunRecord, run_dir: Path) -> None:
+    """Raise UserError if what decides the samples or the network differs from what the run began with."""
+
+    def decisive(record: RunRecord) -> dict[str, Any]:
+        recipe = record.recipe
+        return {
+            **{f"data.{key}": value for key, value in recipe["data"].items() if key != "workers"},
+            **{f"model.{key}": value for key, value in recipe["model"].items() if key != "weights"},
+            "train.seed": recipe["train"]["seed"],
+            "the global batch": record.global_batch,
+            "the training index's SHA-256": record.index_sha256[TRAINING_SPLIT],
+        }
+
+    # Through JSON, where run.json has been: a tuple is then a list on both sides.
+    theirs, ours = decisive(before), decisive(RunRecord(**_json_form(vars(now))))
+    for key, value in ours.items():
+        if theirs.get(key) != value:
+            raise UserError(
+                f"{key} is {value}, and {run_dir} began with {theirs.get(key)}; to continue a run it must stay the "
+                "same; change it back, or start a new run with another --output"
+            )
+
+
+def _json_form(values: dict[str, Any]) -> dict[str, Any]:
+    import json
+
+    return dict(json.loads(json.dumps(values)))
+
+
+def headline(record: RunRecord, description: ModelDescription, filled: list[str], first_step: int) -> str:
+    """What is about to be trained, in a few lines."""
+    model = description.config
+    weights = f"{len(filled)} layers from {Path(str(model.weights)).name}" if filled else "random weights"
+    plan = {key: record.deepspeed[key] for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")}
+    micro_batch, accumulation = plan.values()
+    lines = [
+        f"{model.variant} on {model.backbone} (width {model.width:g}), {len(description.classes)} classes, {weights}",
+        f"{record.world_size} ranks x micro-batch {micro_batch} x accumulation {accumulation} = global batch "
+        f"{record.global_batch}; {record.steps} steps",
+    ]
+    if first_step:
+        lines.append(f"continuing after step {first_step}")
+    return "\n".join(lines)
+
+
+@dataclass
+class Scorer:
+    """Evaluates the engine's weights and remembers the last scores."""
+
+    model: FCN
+    engine: Engine
+    shard_set: ShardSet | None
+    job: Job
+    progress: TrainingProgress
+    journal: Journal | None
+    last: Scores | None = None
+
+    def __call__(self, done: int) -> None:
+        if self.shard_set is None:
+            return
+        workers = self.job.recipe.data.workers
+        self.last = evaluate(self.model, self.shard_set, forward=self.engine, rank=self.job.rank, workers=workers)
+        official = self.last.official
+        self.progress.say(
+            f"step {done}: {self.shard_set.split} pixel accuracy {100 * official.pixel_accuracy:.2f} %, mean IoU "
+            f"{100 * official.mean_iou:.2f} %"
+        )
+        if self.journal:
+            self.journal.write("evaluate", done, **self.last.summary())
+
+
+@dataclass
+class Keeper:
+    """Writes checkpoints."""
+
+    run_dir: Path
+    job: Job
+    record: RunRecord
+    engine: Engine
+    progress: TrainingProgress
+    journal: Journal | None
+
+    def save(self, done: int, scores: Scores | None) -> None:
+        """Write and commit the checkpoint of step `done`. All ranks call it."""
+        rank = self.job.rank
+        folder = on_rank_zero(rank, lambda: checkpoints.prepare(self.run_dir, done))
+        write_state(self.engine, folder, is_first_rank=rank.index == 0)
+        barrier(rank)
+        on_rank_zero(rank, lambda: self._commit(done, scores))
+
+    def _commit(self, done: int, scores: Scores | None) -> None:
+        config = self.job.config
+        state = CheckpointState(
+            step=done,
+            position=done * config.plan.global_batch,
+            world_size=config.plan.world_size,
+            zero_stage=config.zero_stage,
+            precision=config.precision,
+            model=self.record.model,
+            recipe=self.record.recipe,
+            deepspeed=self.record.deepspeed,
+            index_sha256=self.record.index_sha256[TRAINING_SPLIT],
+            scores=scores.summary() if scores else None,
+        )
+        target = checkpoints.commit(self.run_dir, state)
+        checkpoints.retain(self.run_dir, self.job.recipe.checkpoint.keep)
+        self.progress.say(f"step {done}: wrote {target}")
+        if self.journal:
+            self.journal.write("checkpoint", done, path=str(target.relative_to(self.run_dir)))

@@ -1,0 +1,125 @@
+"""The run folder: run.json once, metrics.jsonl line by line."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import fcn_dist
+from fcn_dist.errors import UserError
+from fcn_dist.files import write_text
+
+RUN_NAME = "run.json"
+METRICS_NAME = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What run.json says of a run."""
+
+    recipe: dict[str, Any]
+    deepspeed: dict[str, Any]  # as resolved
+    model: dict[str, Any]  # ModelDescription
+    shards: str
+    index_sha256: dict[str, str]  # by split
+    world_size: int
+    steps: int
+    global_batch: int
+    command: str
+    versions: dict[str, str]
+    git: dict[str, Any]
+    machine: dict[str, Any]
+
+
+def create_run_folder(run_dir: Path) -> None:
+    """Make an empty run folder; raises UserError if a run is there already."""
+    if (run_dir / RUN_NAME).exists():
+        raise UserError(
+            f"{run_dir} holds a run already; a new folder is needed; give another --output, or --resume to continue it"
+        )
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise UserError(f"{run_dir} exists and is no run; a new or empty folder is needed; give another --output")
+    run_dir.mkdir(parents=True, exist_ok=True)
+
+
+def write_run_record(run_dir: Path, record: RunRecord) -> None:
+    """Write run.json."""
+    write_text(run_dir / RUN_NAME, json.dumps(vars(record), indent=2) + "\n")
+
+
+def read_run_record(run_dir: Path) -> RunRecord:
+    """Read run.json; raises UserError if there is none, or it is none."""
+    path = run_dir / RUN_NAME
+    try:
+        return RunRecord(**json.loads(path.read_text()))
+    except OSError as error:
+        raise UserError(
+            f"{run_dir} is no run folder: {RUN_NAME} cannot be read ({error.strerror}); give the folder that "
+            "launch/train.py wrote with --output"
+        ) from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is no run record ({error}); restore it from a copy") from error
+
+
+def environment() -> dict[str, dict[str, Any]]:
+    """Versions, git state and machine, for run.json."""
+    names = ("torch", "deepspeed", "webdataset", "numpy")
+    return {
+        "versions": {
+            "fcn_dist": fcn_dist.__version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in names},
+        },
+        "git": _git_state(),
+        "machine": {"host": platform.node(), "cores": os.cpu_count(), "system": platform.platform()},
+    }
+
+
+def command_line() -> str:
+    """The command that started this process, as a shell would take it."""
+    return shlex.join(sys.argv)
+
+
+class Journal:
+    """metrics.jsonl: one JSON object a line, each with `event`, `step` and `time` (seconds since 1970)."""
+
+    def __init__(self, run_dir: Path, first_step: int) -> None:
+        """Continue the file after `first_step`: later lines belong to steps that are trained again."""
+        self.path = run_dir / METRICS_NAME
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= first_step]
+        write_text(self.path, "".join(kept))
+
+    def write(self, event: str, step: int, **figures: Any) -> None:
+        """Append one line."""
+        line = json.dumps({"event": event, "step": step, "time": round(time.time(), 3), **figures})
+        with self.path.open("a") as file:
+            file.write(line + "\n")
+
+    def _lines(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        # A kill can leave the last line without its end; that line is of a step after the checkpoint.
+        return [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _git_state() -> dict[str, Any]:
+    """Commit of the code's checkout and whether it was changed; empty for an installed package."""
+    folder = Path(fcn_dist.__file__).parent
+    commands = {"commit": ["rev-parse", "HEAD"], "changes": ["status", "--porcelain", "--untracked-files=no"]}
+    state: dict[str, Any] = {}
+    for name, arguments in commands.items():
+        try:
+            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            return {}
+        if done.returncode:
+            return {}
+        state[name] = done.stdout.strip()
+    return {"commit": state["commit"], "clean": not state["changes"]}

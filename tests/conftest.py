@@ -1,0 +1,74 @@
+"""Options, markers and the fixtures that several test files share."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+MakeScenes = Callable[..., Path]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run tests marked slow as well")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        _skip(items, "slow", "slow; run with --slow")
+    if any("gpu" in item.keywords for item in items):
+        import torch
+
+        if not torch.cuda.is_available():
+            _skip(items, "gpu", "no CUDA device")
+
+
+def _skip(items: list[pytest.Item], marker: str, reason: str) -> None:
+    for item in items:
+        if marker in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The real scenes and weights beside the checkout."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}")
+    return folder
+
+
+@pytest.fixture
+def make_scenes(tmp_path: Path) -> MakeScenes:
+    """`make_scenes(n=4, ...)` writes a small valid scenes folder and returns its path.
+
+    Images are smooth, so that JPEG keeps them closely; labels are blocks of 0..num_classes, each drawn from `seed`.
+    """
+
+    def make(
+        n: int = 4,
+        num_classes: int = 5,
+        size: tuple[int, int] = (24, 32),
+        splits: tuple[str, ...] = ("training", "validation"),
+        name: str = "scenes",
+        seed: int = 0,
+    ) -> Path:
+        rng = np.random.default_rng(seed)
+        root = tmp_path / name
+        rows = "".join(f"{i}\t0.1\t10\t1\tclass {i}\n" for i in range(1, num_classes + 1))
+        for split in splits:
+            for kind in ("images", "annotations"):
+                (root / kind / split).mkdir(parents=True)
+            for number in range(n):
+                stem = f"{split}_{number:04d}"
+                height, width = size
+                image = cv2.resize(rng.integers(0, 256, (3, 4, 3), np.uint8), (width, height))
+                blocks = rng.integers(0, num_classes + 1, (3, 4), np.uint8)
+                labels = cv2.resize(blocks, (width, height), interpolation=cv2.INTER_NEAREST)
+                cv2.imwrite(str(root / "images" / split / f"{stem}.jpg"), image)
+                cv2.imwrite(str(root / "annotations" / split / f"{stem}.png"), labels)
+        (root / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tName\n" + rows)
+        return root
+
+    return make
