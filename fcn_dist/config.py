@@ -5,6 +5,7 @@ belong to the DeepSpeed configuration (see training/deepspeed_config.py).
 """
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -28,7 +29,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check(min(self.crop) >= 1, "data.crop", self.crop, "two sizes of at least 1 pixel")
-        _check(0 < self.scale[0] <= self.scale[1], "data.scale", self.scale, "two positive factors, low to high")
+        low, high = self.scale
+        _check(0 < low <= high < math.inf, "data.scale", self.scale, "two positive factors, low to high")
         _check(0 <= self.flip <= 1, "data.flip", self.flip, "a probability")
         _check(0 <= self.jitter < 1, "data.jitter", self.jitter, "a number in [0, 1)")
         _check(self.workers >= 0, "data.workers", self.workers, "0 or more processes")
@@ -63,7 +65,7 @@ class ScheduleConfig:
     kind: Literal["constant", "poly", "cosine"] = "poly"
     power: float = 0.9  # of the poly schedule
     warmup_steps: int = 0  # linear from 0 to the peak
-    final_fraction: float = 0.0  # of the peak, reached at the last step by poly and cosine
+    final_fraction: float = 0.0  # of the peak, where poly and cosine end, one step after the last
     head_multiplier: float = 1.0  # learning rate of the layers that pretrained weights do not provide
     bias_multiplier: float = 1.0  # learning rate of biases (the reference: 2)
     decay_biases: bool = False  # whether the optimizer's weight decay also acts on biases
@@ -76,9 +78,9 @@ class ScheduleConfig:
             "exactly one of the two",
         )
         _check(self.steps is None or self.steps >= 1, "schedule.steps", self.steps, "1 or more")
-        _check(self.epochs is None or self.epochs > 0, "schedule.epochs", self.epochs, "a positive number")
+        _check(self.epochs is None or 0 < self.epochs < math.inf, "schedule.epochs", self.epochs, "a positive number")
         rate = self.learning_rate
-        _check(rate is None or rate > 0, "schedule.learning_rate", rate, "a positive number")
+        _check(rate is None or 0 < rate < math.inf, "schedule.learning_rate", rate, "a positive number")
         _check(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "0 or more")
         _check(0 <= self.final_fraction <= 1, "schedule.final_fraction", self.final_fraction, "within [0, 1]")
 

@@ -15,6 +15,7 @@ EXIT_USER_ERROR = 2
 SILENT_RANK_GRACE = 5.0
 
 console = Console(highlight=False, soft_wrap=True)  # standard output: results
+status_console = Console(stderr=True, highlight=False)  # standard error: progress
 
 
 def run_command(command: Callable[[], None]) -> int:

@@ -32,6 +32,14 @@ class Rank:
         return cls(env_int("RANK", 0), world_size, env_int("LOCAL_RANK", 0), local_world_size)
 
 
+def cores_of(rank: Rank) -> int:
+    """The CPU cores that are this rank's own; with more threads, ranks of a node would wait for each other.
+
+    OMP_NUM_THREADS, where it is set, is the user's own answer.
+    """
+    return env_int("OMP_NUM_THREADS", max(1, len(os.sched_getaffinity(0)) // rank.local_world_size))
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """How one global batch is cut: world_size ranks x accumulation x micro_batch samples.

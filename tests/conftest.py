@@ -1,13 +1,19 @@
 """Options, markers and the fixtures that several test files share."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from fcn_dist.data.images import ORIENTATION_TAG
 
 MakeScenes = Callable[..., Path]
+HEIGHT, WIDTH = 24, 32  # of the scenes that make_scenes draws by default
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,7 +55,7 @@ def make_scenes(tmp_path: Path) -> MakeScenes:
     def make(
         n: int = 4,
         num_classes: int = 5,
-        size: tuple[int, int] = (24, 32),
+        size: tuple[int, int] = (HEIGHT, WIDTH),
         splits: tuple[str, ...] = ("training", "validation"),
         name: str = "scenes",
         seed: int = 0,
@@ -72,3 +78,19 @@ def make_scenes(tmp_path: Path) -> MakeScenes:
         return root
 
     return make
+
+
+def pixels(data: bytes | Path) -> NDArray[np.uint8]:
+    return np.asarray(Image.open(data if isinstance(data, Path) else io.BytesIO(data)))
+
+
+def smooth(height: int = HEIGHT, width: int = WIDTH) -> NDArray[np.uint8]:
+    """RGB that no turn or flip leaves as it is."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([y * 200 // height, x * 200 // width, (x + y) * 2], -1).astype(np.uint8)
+
+
+def save_oriented(path: Path, stored: NDArray[np.uint8], orientation: int, form: str = "JPEG") -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = orientation
+    Image.fromarray(stored).save(path, form, exif=exif, quality=95)

@@ -7,26 +7,29 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Table
 
 from fcn_dist.console import console
 from fcn_dist.data.describe import Description, Spread, describe
 from fcn_dist.data.shardset import ShardSet
+from fcn_dist.data.transforms import decode
 from fcn_dist.data.verify import find_splits
-from fcn_dist.deploy.pictures import overlay
+from fcn_dist.deploy.lettering import BACKGROUND, draw_caption
+from fcn_dist.deploy.pictures import Picture, overlay, write_png
 from fcn_dist.errors import UserError, named
 from fcn_dist.files import write_text
 
-SHEET_COLUMNS, CELL_WIDTH, GAP, CAPTION_HEIGHT = 3, 240, 12, 18
+SHEET_COLUMNS, BOX_WIDTH, BOX_HEIGHT, GAP, CAPTION_SIZE = 3, 240, 180, 12, 13
 BAR_WIDTH = 24
-PAPER, INK = (255, 255, 255), (60, 60, 60)
 
 
 def main(argv: list[str]) -> None:
     """Describe every split of the folder."""
     arguments = _parser().parse_args(argv)
+    for option in ("top", "samples"):
+        if getattr(arguments, option) < 1:
+            raise UserError(f"--{option} is {getattr(arguments, option)}; at least 1 is needed")
     shard_sets = [ShardSet.open(folder) for folder in find_splits(arguments.out)]
     descriptions = [describe(shard_set) for shard_set in shard_sets]
     for description in descriptions:
@@ -61,10 +64,11 @@ def _print(description: Description, top: int) -> None:
         facts.add_row(f"channel {name}", "RGB " + "  ".join(f"{value:.2f}" for value in triple))
     facts.add_row("unlabelled", f"{d.unlabelled_share:.1%} of all pixels")
     options = ", ".join(f"{name} {value}" for name, value in d.created_by["options"].items() if value is not None)
-    facts.add_row("packed by", escape(f"fcn-dist {d.created_by['fcn_dist']}: {options}"))
-    for kind, conversion in d.created_by["conversions"].items() or {"none": {"count": 0, "keys": []}}.items():
-        keys = f": {named(conversion['keys'])}" if conversion["keys"] else ""
-        facts.add_row("converted", escape(f"{conversion['count']} x {kind}{keys}" if keys else "none"))
+    facts.add_row("packed by", escape(f"fcn-dist {d.created_by['fcn_dist']} with {options}"))
+    for kind, conversion in d.created_by["conversions"].items():
+        facts.add_row("converted", escape(f"{conversion['count']} x {kind}: {named(conversion['keys'])}"))
+    if not d.created_by["conversions"]:
+        facts.add_row("converted", "none")
     console.rule(f"[bold]{escape(d.split)}[/]", align="left")
     console.print(facts)
     console.print(_class_table(d, top))
@@ -96,41 +100,38 @@ def _write_sheet(path: Path, shard_sets: list[ShardSet], samples: int) -> None:
         count = min(samples, len(shard_set))
         indices = np.linspace(0, len(shard_set) - 1, count).round().astype(int)
         cells += [_cell(shard_set, int(index)) for index in indices]
-    rows = [
-        np.hstack(_level(cells[start : start + SHEET_COLUMNS])) for start in range(0, len(cells), SHEET_COLUMNS)
-    ]
-    width = max(row.shape[1] for row in rows)
-    sheet = np.vstack([_padded(row, row.shape[0], width) for row in rows])
-    ok, png = cv2.imencode(".png", np.pad(sheet, ((GAP, 0), (GAP, 0), (0, 0)), constant_values=255)[..., ::-1])
-    assert ok
+    missing = -len(cells) % SHEET_COLUMNS
+    cells += [_paper(*cells[0].shape[:2])] * missing
+    rows = [np.hstack(cells[start : start + SHEET_COLUMNS]) for start in range(0, len(cells), SHEET_COLUMNS)]
+    body = np.vstack(rows)
+    sheet = _paper(body.shape[0] + GAP, body.shape[1] + GAP)
+    sheet[GAP:, GAP:] = body
     try:
-        path.write_bytes(png.tobytes())
+        write_png(path, sheet)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); choose another path for --sheet") from error
 
 
-def _cell(shard_set: ShardSet, index: int) -> NDArray[np.uint8]:
+def _cell(shard_set: ShardSet, index: int) -> Picture:
+    """One sample: image and labels within two equal boxes, and its key below."""
     sample = shard_set.read(index)
-    image = cv2.imdecode(np.frombuffer(sample.image, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
-    labels = cv2.imdecode(np.frombuffer(sample.mask, np.uint8), cv2.IMREAD_UNCHANGED)
-    size = CELL_WIDTH, max(1, round(image.shape[0] * CELL_WIDTH / image.shape[1]))
-    image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    labels = cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST_EXACT)
+    image, labels = decode(sample)
+    height, width = labels.shape
+    scale = min(BOX_WIDTH / width, BOX_HEIGHT / height)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    image = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
+    labels = np.asarray(cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST_EXACT), np.uint8)
     pair = np.hstack([image, overlay(image, labels, shard_set.colours)])
-    cell = _padded(pair, pair.shape[0] + CAPTION_HEIGHT + GAP, pair.shape[1] + GAP)
-    caption = f"{shard_set.split}: {sample.key}".encode("ascii", "replace").decode()
-    baseline = pair.shape[0] + CAPTION_HEIGHT - 5
-    cv2.putText(cell, caption, (0, baseline), cv2.FONT_HERSHEY_SIMPLEX, 0.4, INK, 1, cv2.LINE_AA)
+    caption = draw_caption(f"{shard_set.split}: {sample.key}", 2 * BOX_WIDTH, CAPTION_SIZE)
+    caption_top = BOX_HEIGHT + GAP // 3
+    cell = _paper(caption_top + caption.shape[0] + GAP, 2 * BOX_WIDTH + GAP)
+    # Pictures of a row stand on one line, above their captions.
+    cell[BOX_HEIGHT - pair.shape[0] : BOX_HEIGHT, : pair.shape[1]] = pair
+    cell[caption_top : caption_top + caption.shape[0], : caption.shape[1]] = caption
     return cell
 
 
-def _level(cells: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
-    height = max(cell.shape[0] for cell in cells)
-    return [_padded(cell, height, cell.shape[1]) for cell in cells]
-
-
-def _padded(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    """`image` in the upper left corner of a sheet of paper."""
-    paper = np.full((height, width, 3), PAPER, np.uint8)
-    paper[: image.shape[0], : image.shape[1]] = image
+def _paper(height: int, width: int) -> Picture:
+    paper = np.empty((height, width, 3), np.uint8)
+    paper[:] = BACKGROUND
     return paper

@@ -103,17 +103,14 @@ def _check_destinations(scenes_dir: Path, out_dir: Path, splits: Sequence[str], 
         raise UserError(f"the splits are {', '.join(splits) or 'none'}; at least one, each once, is needed")
     for split in splits:
         if not split or Path(split).name != split or split.startswith("."):
-            raise UserError(
-                f"the split {split!r} is no folder's name; name a folder under {scenes_dir / IMAGE_DIR}"
-            )
+            raise UserError(f"the split {split!r} is no folder's name; name a folder under {scenes_dir / IMAGE_DIR}")
         folder = (out_dir / split).resolve()
         for kind in (IMAGE_DIR, MASK_DIR):
             if folder.is_relative_to((scenes_dir / kind).resolve()):
                 raise UserError(f"{out_dir} lies within the scenes' {kind}; choose a folder outside of it")
         if (folder / INDEX_NAME).exists() and not overwrite:
             raise UserError(
-                f"{out_dir / split} already holds a shard set; choose another folder, or replace it "
-                "with --overwrite"
+                f"{out_dir / split} already holds a shard set; choose another folder, or replace it with --overwrite"
             )
 
 
@@ -134,9 +131,7 @@ def _write_split(
     try:
         split_dir.mkdir(parents=True, exist_ok=True)
         _remove_shards(split_dir)
-        results = map_in_processes(
-            write_shard, jobs, workers, f"packing {split}", [len(job.pairs) for job in jobs]
-        )
+        results = map_in_processes(write_shard, jobs, workers, f"packing {split}", [len(job.pairs) for job in jobs])
         counts = PixelCounts.zero(rules.num_classes)
         for _, more in results:
             counts.add(more)

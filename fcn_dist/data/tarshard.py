@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import BinaryIO
 from zlib import crc32
 
-import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from fcn_dist.data.pairs import EncodedPair, PairRules, read_pair
 from fcn_dist.data.pixel_counts import PixelCounts
 from fcn_dist.data.scenes import CheckedPair
-from fcn_dist.data.shardset import Shard, member_dtype, members_path
+from fcn_dist.data.shardset import Sample, Shard, member_dtype, members_path
+from fcn_dist.data.transforms import decode
 from fcn_dist.data.workers import stop_if_asked
 from fcn_dist.errors import UserError
 from fcn_dist.files import replacing, sha256
@@ -41,7 +40,7 @@ def write_shard(job: ShardJob) -> tuple[Shard, PixelCounts]:
             for checked in job.pairs:
                 stop_if_asked()
                 encoded = _encode(checked, job.rules)
-                size = count_pair(*encoded, counts)
+                size = count_sample(Sample(checked.pair.key, *encoded), counts)
                 assert size == (checked.height, checked.width), (checked, size)
                 key = checked.pair.key
                 image_at = _add(tar, file, key + IMAGE_SUFFIX, encoded.image)
@@ -82,10 +81,9 @@ def _encode(checked: CheckedPair, rules: PairRules) -> EncodedPair:
     return read_pair(image, mask, rules).encode() if checked.conversions else EncodedPair(image, mask)
 
 
-def count_pair(image: bytes, mask: bytes, counts: PixelCounts) -> tuple[int, int]:
-    """Add one packed pair to `counts`, decoded from the very bytes that any reader gets; returns its size."""
-    pixels: NDArray[np.uint8] = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
-    labels: NDArray[np.uint8] = cv2.imdecode(np.frombuffer(mask, np.uint8), cv2.IMREAD_UNCHANGED)
-    assert pixels.shape[:2] == labels.shape, (pixels.shape, labels.shape)
-    counts.add_pair(pixels[..., ::-1], labels)
-    return labels.shape
+def count_sample(sample: Sample, counts: PixelCounts) -> tuple[int, int]:
+    """Add one packed sample to `counts`, decoded as training decodes it; returns its height and width."""
+    image, labels = decode(sample)
+    counts.add_pair(image, labels)
+    height, width = labels.shape
+    return height, width

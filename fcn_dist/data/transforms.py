@@ -33,7 +33,8 @@ def decode(sample: Sample) -> tuple[Pixels, Pixels]:
 
 def generator(seed: int, position: int, purpose: Purpose) -> np.random.Generator:
     """The random numbers of one stream position for one purpose."""
-    return np.random.Generator(np.random.Philox(key=[key64(seed, purpose), position]))
+    # An array of its own type: a list that mixes integers below and above 2^63 becomes float64, and loses bits.
+    return np.random.Generator(np.random.Philox(key=np.array([key64(seed, purpose), position], np.uint64)))
 
 
 @dataclass(frozen=True)

@@ -69,9 +69,7 @@ def _verify_split(folder: Path, deep: bool, workers: int) -> SplitReport:
             shards_of_key.setdefault(key, []).append(shard.path.name)
     for key, names in shards_of_key.items():
         if len(names) > 1:
-            report.problems.append(
-                Problem(names[-1], key, f"the same key stands in {', '.join(names[:-1])} as well")
-            )
+            report.problems.append(Problem(names[-1], key, f"the same key stands in {', '.join(names[:-1])} as well"))
     # Counts over damaged samples differ for certain, which would say nothing new.
     if deep and not report.problems:
         report.problems += _count_problems(shard_set, counts)
@@ -87,18 +85,13 @@ def _unlisted_files(shard_set: ShardSet) -> Iterator[Problem]:
 
 
 def _count_problems(shard_set: ShardSet, counts: PixelCounts) -> Iterator[Problem]:
-    mean, std = counts.mean_and_std()
-    for name, stated, found in (
-        ("class_pixels", shard_set.class_pixels, tuple(counts.class_pixels.tolist())),
-        ("class_images", shard_set.class_images, tuple(counts.class_images.tolist())),
-    ):
-        for label, (says, has) in enumerate(zip(stated, found, strict=True)):
-            if says != has:
-                yield Problem(INDEX_NAME, "", f"{name} of label {label} is {says}, but the samples have {has}")
-    for name, says, has in (
-        ("channel_mean", shard_set.channel_mean, mean),
-        ("channel_std", shard_set.channel_std, std),
-    ):
+    for name in ("class_pixels", "class_images"):
+        found = getattr(counts, name).tolist()
+        for label, (stated, counted) in enumerate(zip(getattr(shard_set, name), found, strict=True)):
+            if stated != counted:
+                yield Problem(INDEX_NAME, "", f"{name} of label {label} is {stated}, the samples have {counted}")
+    for name, measured in zip(("channel_mean", "channel_std"), counts.mean_and_std(), strict=True):
+        said = getattr(shard_set, name)
         # JPEG decoders may differ by a level.
-        if not np.allclose(says, has, rtol=0, atol=1.0):
-            yield Problem(INDEX_NAME, "", f"{name} is {says}, but the samples have {has}")
+        if not np.allclose(said, measured, rtol=0, atol=1.0):
+            yield Problem(INDEX_NAME, "", f"{name} is {said}, the samples have {measured}")

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from fcn_dist.data.images import FileProblem, read_image
 from fcn_dist.data.masks import read_mask
 from fcn_dist.data.pixel_counts import PixelCounts
-from fcn_dist.data.shardset import Shard, read_members
-from fcn_dist.data.tarshard import IMAGE_SUFFIX, MASK_SUFFIX, count_pair
+from fcn_dist.data.shardset import Sample, Shard, read_members
+from fcn_dist.data.tarshard import IMAGE_SUFFIX, MASK_SUFFIX, count_sample
 from fcn_dist.data.workers import stop_if_asked
 from fcn_dist.errors import UserError
 from fcn_dist.files import sha256
@@ -124,9 +124,7 @@ def _pair_problems(walked: list[_Member]) -> Iterator[tuple[str, str]]:
             yield member.name, f"does not stand beside {expected}, so that readers see a part of a sample"
 
 
-def _order_problems(
-    walked: list[_Member], keys: list[str], records: NDArray[np.void]
-) -> Iterator[tuple[str, str]]:
+def _order_problems(walked: list[_Member], keys: list[str], records: NDArray[np.void]) -> Iterator[tuple[str, str]]:
     expected = [key + suffix for key in keys for _, suffix in _PARTS]
     names = [member.name for member in walked]
     found = {member.name: member for member in walked}
@@ -166,16 +164,16 @@ def _sample_problems(
                     yield Problem(path.name, key + suffix, "its bytes do not have the checksum of its record")
             if check.deep and len(whole) == len(_PARTS):
                 size = int(record["height"]), int(record["width"])
-                for suffix, reason in _decode_problems(whole[0], whole[1], size, check.num_classes, counts):
+                for suffix, reason in _decode_problems(Sample(key, *whole), size, check.num_classes, counts):
                     yield Problem(path.name, key + suffix, reason)
 
 
 def _decode_problems(
-    image: bytes, mask: bytes, size: tuple[int, int], num_classes: int, counts: PixelCounts
+    sample: Sample, size: tuple[int, int], num_classes: int, counts: PixelCounts
 ) -> Iterator[tuple[str, str]]:
     sizes, sound = [], True
     try:
-        read = read_image(image, _NO_CAP)
+        read = read_image(sample.image, _NO_CAP)
         sizes.append((IMAGE_SUFFIX, read.size))
         if read.conversions or read.orientation != 1:
             sound = False
@@ -184,7 +182,7 @@ def _decode_problems(
         sound = False
         yield IMAGE_SUFFIX, f"{problem.kind}: {problem.detail}"
     try:
-        labels = read_mask(mask, num_classes, _NO_CAP)
+        labels = read_mask(sample.mask, num_classes, _NO_CAP)
         sizes.append((MASK_SUFFIX, labels.size))
         if labels.conversion:
             sound = False
@@ -197,4 +195,4 @@ def _decode_problems(
             sound = False
             yield suffix, f"is {found[1]}x{found[0]}, but {size[1]}x{size[0]} is recorded"
     if sound:
-        count_pair(image, mask, counts)
+        count_sample(sample, counts)

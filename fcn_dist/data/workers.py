@@ -84,7 +84,7 @@ def _map_in_pool(
             ) from error
         finally:
             stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
         return [future.result() for future in futures]
 
 

@@ -18,18 +18,18 @@ def attribute_masters(groups: Sequence[Tensor], weights: Mapping[str, Tensor]) -
     names = list(weights)
     ends = tuple(group.numel() for group in groups)
     # A path is the group of each weight so far, -1 for frozen ones. Weights equal in 16 bits (biases of zero) may fit
-    # two groups, so the search goes back; what failed once from the same place is not tried again.
+    # two groups, so the search goes back; but never twice from the same place.
     pending: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((), (0,) * len(groups))]
-    failed: set[tuple[int, tuple[int, ...]]] = set()
+    tried: set[tuple[int, tuple[int, ...]]] = set()
     while pending:
         path, starts = pending.pop()
         if len(path) == len(names):
             if starts == ends:
                 return _cut(groups, weights, path)
             continue
-        if (len(path), starts) in failed:
+        if (len(path), starts) in tried:
             continue
-        failed.add((len(path), starts))
+        tried.add((len(path), starts))
         weight = weights[names[len(path)]]
         pending.append(((*path, -1), starts))
         for index in reversed(range(len(groups))):

@@ -5,8 +5,9 @@ code runs (nor is it imported), and whatever else a file names is refused before
 """
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -32,19 +33,13 @@ class Fragment:
     numel: int
 
 
-class StandIn(NamedTuple):
-    """What is built where a file names `full_name`."""
-
-    kind: type
-    full_name: str
-
-
-STAND_INS = (
-    StandIn(LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    StandIn(DynamicLossScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    StandIn(ZeroStage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-    StandIn(Fragment, "deepspeed.utils.tensor_fragment.fragment_address"),
-)
+# What is built, and where a file names what.
+STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (DynamicLossScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    (ZeroStage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (Fragment, "deepspeed.utils.tensor_fragment.fragment_address"),
+]
 
 
 def load_restricted(path: Path) -> dict[str, Any]:
@@ -52,7 +47,7 @@ def load_restricted(path: Path) -> dict[str, Any]:
 
     Raises UserError if the file is none of torch.save's, or names anything but tensors and the stand-ins.
     """
-    with torch.serialization.safe_globals([tuple(stand_in) for stand_in in STAND_INS]):
+    with torch.serialization.safe_globals(STAND_INS):
         try:
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             if foreign:

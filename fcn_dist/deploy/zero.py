@@ -48,32 +48,38 @@ def consolidate(folder: Path, model: nn.Module) -> Consolidated:
     """
     model_files, optimizer_files = _find(folder)
     modules = [load_restricted(path) for path in model_files]
-    optimizers = [_part(load_restricted(path), "optimizer_state_dict", path) for path in optimizer_files]
+    optimizers = [load_restricted(path) for path in optimizer_files]
+    try:
+        return _consolidate(folder, model, modules, [content["optimizer_state_dict"] for content in optimizers])
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"{folder} is not what DeepSpeed 0.19 writes ({error!r}); convert another step, or one saved with that "
+            "version"
+        ) from error
+
+
+def _consolidate(
+    folder: Path, model: nn.Module, modules: Sequence[Mapping[str, Any]], optimizers: Sequence[Mapping[str, Any]]
+) -> Consolidated:
     # The optimizer that DeepSpeed pairs with bf16 and float32 accumulation leaves its stage out: it has but one.
     stage = int(optimizers[0].get("zero_stage", 1)) if optimizers else 0
-    _check_files(folder, stage, model_files, optimizer_files)
-    weights: dict[str, Tensor] = dict(_part(modules[0], "module", model_files[0]))
-    try:
-        if stage == 3:
-            masters = _join_shares(modules, optimizers)
-            weights = {name: w for name, w in weights.items() if name in modules[0]["buffer_names"]}
-        else:
-            masters = _join_runs(optimizers, model) if stage else _unpartitioned(modules[0], model)
-            _check_agreement(masters, weights, folder)
-    except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
-        raise UserError(
-            f"{folder} is no ZeRO stage {stage} checkpoint as DeepSpeed 0.19 writes them ({error!r}); convert another "
-            "step, or one saved with that version"
-        ) from error
+    _check_counts(folder, stage, len(modules), optimizers)
+    weights: dict[str, Tensor] = dict(modules[0]["module"])
+    if stage == 3:
+        masters = _join_shares(modules, optimizers)
+        weights = {name: weights[name] for name in modules[0]["buffer_names"]}
+    else:
+        masters = _join_runs(optimizers, model) if stage else _unpartitioned(modules[0], model)
+        _check_agreement(masters, weights, folder)
     state = weights | masters
     _check_complete(state, model, folder)
-    parameters = {name for name, _ in model.named_parameters()}
+    parameters = [name for name, _ in model.named_parameters()]
     return Consolidated(
         {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()},
         stage,
-        len(optimizers) or int(modules[0].get("dp_world_size", 1)),
-        str(modules[0].get("ds_version", "unknown")),
-        tuple(n for n in state if n in parameters and state[n].dtype in (torch.bfloat16, torch.float16)),
+        len(optimizers) or int(modules[0]["dp_world_size"]),
+        str(modules[0]["ds_version"]),
+        tuple(name for name in parameters if state[name].dtype in (torch.bfloat16, torch.float16)),
     )
 
 
@@ -97,27 +103,23 @@ def _find(folder: Path) -> tuple[list[Path], list[Path]]:
     ]
 
 
-def _check_files(folder: Path, stage: int, model_files: Sequence[Path], optimizer_files: Sequence[Path]) -> None:
-    """As many files as the first optimizer file says there were ranks."""
-    wanted = 1
-    if optimizer_files:
-        count = load_restricted(optimizer_files[0])["optimizer_state_dict"].get("partition_count", 0)
-        wanted = max(count) if isinstance(count, list) else int(count)
-        if len(optimizer_files) != wanted:
+def _check_counts(folder: Path, stage: int, model_files: int, optimizers: Sequence[Mapping[str, Any]]) -> None:
+    """As many files as the optimizer says there were ranks."""
+    world_size = 1
+    if optimizers:
+        count = optimizers[0]["partition_count"]
+        world_size = max(count) if isinstance(count, list) else int(count)
+        if len(optimizers) != world_size:
             raise UserError(
-                f"{folder} has optimizer files of {len(optimizer_files)} ranks, and was saved by {wanted}; "
-                "restore what is missing"
+                f"{folder} has the optimizer files of {len(optimizers)} ranks, and was saved by {world_size}; restore "
+                "what is missing, or convert another step"
             )
-    wanted = wanted if stage == 3 else 1
-    if len(model_files) != wanted:
-        raise UserError(f"{folder} has {len(model_files)} model files; {wanted} are needed; restore what is missing")
-
-
-def _part(content: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
-    part = content.get(key)
-    if not isinstance(part, dict):
-        raise UserError(f"{path} has no {key!r}; a file as DeepSpeed 0.19 saves it is needed; restore it from a copy")
-    return part
+    needed = world_size if stage == 3 else 1
+    if model_files != needed:
+        raise UserError(
+            f"{folder} has {model_files} model files; {needed} are needed; restore what is missing, or convert another "
+            "step"
+        )
 
 
 def _join_runs(optimizers: Sequence[Mapping[str, Any]], model: nn.Module) -> dict[str, Tensor]:

@@ -67,7 +67,8 @@ def _classifier_layer(
     state: Mapping[str, Tensor], source: str, target: str, kernel: int, own: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     weight, bias = state.get(f"{source}.weight"), state.get(f"{source}.bias")
-    if weight is None or bias is None or weight.shape[0] != own[f"{target}.weight"].shape[0]:
+    wanted = own[f"{target}.weight"]
+    if weight is None or bias is None or weight.numel() != wanted.numel() or len(weight) != len(wanted):
         return {}
     return {
         f"{target}.weight": weight.reshape(weight.shape[0], -1, kernel, kernel),

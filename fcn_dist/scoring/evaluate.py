@@ -45,17 +45,20 @@ def evaluate(
     matrix = ConfusionMatrix(len(shard_set.classes))
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
-        for scene in rounds(shard_set, rank, workers):
-            if scene is None:
-                spare = torch.zeros(1, SPARE_IMAGE_SIZE, SPARE_IMAGE_SIZE, 3, dtype=torch.uint8, device=device)
-                forward(spare, coarse=True)
-                continue
-            coarse = forward(scene.image.to(device), coarse=True)
-            outputs = argmax_upsampled(coarse, (scene.labels.shape[0], scene.labels.shape[1]), model.stride)
-            matrix.update(scene.labels.numpy(), label_table[outputs[0].cpu().numpy()])
-            advance(1)
-    model.train(was_training)
+    try:
+        # Not inference_mode: ZeRO-3 gathers weights into tensors that the next training step uses again.
+        with torch.no_grad():
+            for scene in rounds(shard_set, rank, workers):
+                if scene is None:
+                    spare = torch.zeros(1, SPARE_IMAGE_SIZE, SPARE_IMAGE_SIZE, 3, dtype=torch.uint8, device=device)
+                    forward(spare, coarse=True)
+                    continue
+                coarse = forward(scene.image.to(device), coarse=True)
+                outputs = argmax_upsampled(coarse, (scene.labels.shape[0], scene.labels.shape[1]), model.stride)
+                matrix.update(scene.labels.numpy(), label_table[outputs[0].cpu().numpy()])
+                advance(1)
+    finally:
+        model.train(was_training)
     _sum_over_ranks(matrix, rank, device)
     return score(matrix, shard_set.classes, shard_set.split, len(shard_set), score_other)
 

@@ -9,7 +9,9 @@ checkpoints/
     .step-00001000.partial/ being written, or left by a crash; no reader looks at it
 """
 
+import hashlib
 import json
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ MANIFEST_NAME = "manifest.json"
 DEEPSPEED_TAG = "deepspeed"
 PROBE_NAME = "probe.safetensors"
 LATEST_NAME = "latest"
+STEP_NAME = re.compile(r"step-\d{8,}")  # and not a copy that someone keeps beside it
 FORMAT_VERSION = 1
 
 
@@ -90,8 +93,9 @@ def commit(run_dir: Path, state: CheckpointState) -> Path:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         sync(path)
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
-    manifest = {"format_version": FORMAT_VERSION, "state": asdict(state), "files": files}
-    write_text(folder / MANIFEST_NAME, json.dumps(manifest, indent=1))
+    # Through JSON first, so that the digest is of what a reader will find: a tuple is then a list.
+    manifest = json.loads(json.dumps({"format_version": FORMAT_VERSION, "state": asdict(state), "files": files}))
+    write_text(folder / MANIFEST_NAME, json.dumps({**manifest, "digest": _digest(manifest)}, indent=1))
     for path in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
         sync(path)
     target = checkpoints_dir(run_dir) / step_name(state.step)
@@ -105,9 +109,15 @@ def commit(run_dir: Path, state: CheckpointState) -> Path:
 
 
 def retain(run_dir: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, oldest first."""
-    for folder in _committed(run_dir)[keep:]:
-        shutil.rmtree(folder)
+    """Remove all but the newest `keep` checkpoints up to `latest`, oldest first.
+
+    What is newer than `latest` was damaged when the run continued from before it: it must not crowd out whole ones.
+    """
+    folder = checkpoints_dir(run_dir)
+    latest = _step(folder / (folder / LATEST_NAME).read_text().strip())
+    committed = [one for one in _committed(run_dir) if _step(one) <= latest]
+    for old in reversed(committed[keep:]):
+        shutil.rmtree(old)
 
 
 def open_checkpoint(run_dir: Path, step: int | None = None) -> tuple[Checkpoint, list[Damage]]:
@@ -137,7 +147,18 @@ def open_checkpoint(run_dir: Path, step: int | None = None) -> tuple[Checkpoint,
 
 def _committed(run_dir: Path) -> list[Path]:
     """Folders of committed checkpoints, newest first."""
-    return sorted(checkpoints_dir(run_dir).glob("step-[0-9]*"), reverse=True)
+    folders = (path for path in checkpoints_dir(run_dir).glob("step-*") if STEP_NAME.fullmatch(path.name))
+    return sorted(folders, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's content but for the digest itself."""
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _read_whole(folder: Path) -> CheckpointState:
@@ -145,6 +166,8 @@ def _read_whole(folder: Path) -> CheckpointState:
     manifest = json.loads((folder / MANIFEST_NAME).read_text())
     if manifest["format_version"] != FORMAT_VERSION:
         raise ValueError(f"format version {manifest['format_version']}, {FORMAT_VERSION} is needed")
+    if manifest["digest"] != _digest(manifest):
+        raise ValueError(f"{MANIFEST_NAME} differs from its own digest")
     for name, record in manifest["files"].items():
         path = folder / name
         if not path.is_file():

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fcn_dist.errors import UserError
-from fcn_dist.ranks import Rank
+from fcn_dist.ranks import Rank, cores_of
 
 T = TypeVar("T")
 
@@ -28,9 +29,10 @@ def start_ranks() -> Rank:
         os.environ.update({name: str(value) for name, value in alone.items()})
     if torch.cuda.is_available():
         torch.cuda.set_device(rank.local)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        # Each rank would otherwise take all cores, and they would wait for each other.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // rank.local_world_size))
+    else:
+        torch.set_num_threads(cores_of(rank))
+    # DeepSpeed calls names that torch has renamed; a user can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if not dist.is_initialized():
         deepspeed.init_distributed(verbose=False)
     return rank

@@ -5,6 +5,7 @@ any other "auto" leaves DeepSpeed its default. What both state differently is an
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,11 @@ def read_deepspeed_config(path: Path | None) -> dict[str, Any]:
 def resolve(values: dict[str, Any], recipe: Recipe, world_size: int) -> EngineConfig:
     """Fill in every "auto". Raises UserError where the two conflict, or something is missing."""
     _refuse_what_the_recipe_owns(values)
+    _section(values["optimizer"], "params")
     precision = _precision(values)
     plan = _plan(values, recipe, world_size)
     rate = _learning_rate(values, recipe)
-    stage = values.get("zero_optimization", {}).get("stage", 0)
+    stage = _section(values, "zero_optimization").get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"zero_optimization.stage is {stage!r}; 0, 1, 2 or 3 is needed")
     optimizer = values["optimizer"]
@@ -92,8 +94,15 @@ def _refuse_what_the_recipe_owns(values: dict[str, Any]) -> None:
         )
 
 
+def _section(values: dict[str, Any], key: str) -> dict[str, Any]:
+    section = values.get(key, {})
+    if not isinstance(section, dict):
+        raise UserError(f"{key} is {section!r} in the DeepSpeed configuration; a section of keys is needed")
+    return section
+
+
 def _precision(values: dict[str, Any]) -> str:
-    enabled = [key for key in PRECISIONS if values.get(key, {}).get("enabled") is True]
+    enabled = [key for key in PRECISIONS if _section(values, key).get("enabled") is True]
     if len(enabled) > 1:
         raise UserError("the DeepSpeed configuration enables both bf16 and fp16; one is needed; disable the other")
     return PRECISIONS[enabled[0]] if enabled else "float32"
@@ -103,7 +112,7 @@ def _plan(values: dict[str, Any], recipe: Recipe, world_size: int) -> BatchPlan:
     sizes: list[int | None] = []
     for key in BATCH_KEYS:
         size = values.get(key, AUTO)
-        if size != AUTO and (not isinstance(size, int) or size < 1):
+        if size != AUTO and (type(size) is not int or size < 1):
             raise UserError(f'{key} is {size!r} in the DeepSpeed configuration; 1 or more, or "auto", is needed')
         sizes.append(None if size == AUTO else size)
     total, micro_batch, accumulation = sizes
@@ -126,6 +135,10 @@ def _learning_rate(values: dict[str, Any], recipe: Recipe) -> float:
                 "DeepSpeed configuration"
             )
         return stated
+    if type(rate) not in (int, float) or not 0 < rate < math.inf:
+        raise UserError(
+            f'optimizer.params.lr is {rate!r} in the DeepSpeed configuration; a positive number, or "auto", is needed'
+        )
     if stated is not None and stated != rate:
         raise UserError(
             f"optimizer.params.lr is {rate} in the DeepSpeed configuration, and schedule.learning_rate {stated} in "

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 from torch import nn
 
@@ -25,7 +26,8 @@ def total_steps(config: ScheduleConfig, num_samples: int, global_batch: int) -> 
     if config.steps is not None:
         return config.steps
     assert config.epochs is not None
-    return math.ceil(config.epochs * num_samples / global_batch)
+    # Exactly as written: 2.2 epochs of 25 samples are 55 samples, and a little more in floating point.
+    return math.ceil(Fraction(str(config.epochs)) * num_samples / global_batch)
 
 
 def learning_rate(config: ScheduleConfig, peak: float, step: int, steps: int) -> float:

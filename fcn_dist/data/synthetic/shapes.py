@@ -47,7 +47,7 @@ _GRAIN = {Label.TREE: 0.16, Label.GRASS: 0.12, Label.ROAD: 0.07, Label.SIDEWALK:
 _PATCHES = {Label.TREE: 0.10, Label.GRASS: 0.09, Label.ROAD: 0.03, Label.BED: 0.03, Label.FLOOR: 0.03}
 _CIRCLE = np.array([(np.cos(a), np.sin(a)) for a in np.linspace(0, 2 * np.pi, 20, endpoint=False)])
 # Nobody can say where leaves end or a car's shadow begins: these get an outline of "other".
-_OUTLINED = (Label.TREE, Label.CAR, Label.BED, Label.PAINTING)
+_OUTLINED = (Label.TREE, Label.CAR)
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,14 @@ class Canvas:
         self.tint: Colour = (1.0, 1.0, 1.0)  # the light on everything but the sky
 
     def camera(self, rng: np.random.Generator, focal: float, height: float, horizon: float) -> Camera:
-        """A camera that looks near the middle; `focal` is a fraction of the width, `horizon` one of the height."""
+        """A camera that looks near the middle; `horizon` is a fraction of the height.
+
+        `focal` is a fraction of the width, where width and height are not too different: a long picture shows
+        more, but never what lies beside or behind the camera.
+        """
         x, y = self.width * rng.uniform(0.4, 0.6), self.height * (horizon + rng.uniform(-0.06, 0.06))
-        return Camera(focal * self.width, x, y, height)
+        extent = max(min(self.width, 1.3 * self.height), 0.5 * self.width, 0.8 * self.height)
+        return Camera(focal * extent, x, y, height)
 
     def polygon(self, points: ArrayLike, colour: Colour, label: int | None) -> None:
         """Fill a polygon; with label None the labels below stay."""

@@ -19,9 +19,9 @@ def street(canvas: Canvas, rng: np.random.Generator) -> None:
         things += [(z, "tree", side * (half + 0.7)) for z in rng.uniform(7, 40, rng.integers(1, 5))]
         things += [(z, "lamp", side * (half + 0.4)) for z in rng.uniform(6, 25, rng.integers(0, 2))]
         if rng.random() < 0.75:
-            things += [(rng.uniform(5.5, 16), "car", side * (half * rng.uniform(0.4, 0.6)))]
+            things += [(rng.uniform(7.5, 18), "car", side * (half * rng.uniform(0.4, 0.6)))]
         if rng.random() < 0.6:
-            things += [(rng.uniform(7, 22), "car", side * (half - 1.0))]
+            things += [(rng.uniform(9, 24), "car", side * (half - 1.0))]
     # From far to near: what is nearer hides the rest.
     for z, kind, x in sorted(things, reverse=True):
         if kind == "house":

@@ -46,11 +46,11 @@ def _mountains(canvas: Canvas, rng: np.random.Generator, horizon: float, haze: F
     crest = horizon - peak - ridge * canvas.height * (0.1 - 0.03 * nearness)
     y = np.arange(shape[0], dtype=np.float32)[:, None]
     relief = noise(rng, shape, (canvas.height * 0.3, canvas.width * 0.1), octaves=4)
-    light = 1 + 0.2 * np.clip(np.diff(relief, axis=1, prepend=relief[:, :1]) * 14, -1.4, 1.4)
+    light = 1 + 0.2 * np.clip(np.diff(relief, axis=1, prepend=relief[:, :1]) * canvas.width / 30, -1.4, 1.4)
     rock = mix(vary(rng, (112, 104, 100)), vary(rng, (78, 92, 66)), nearness * 0.8)
     colours = light[..., None] * rock
     if rng.random() < 0.6 and nearness < 0.8:
-        snow = (y - crest + relief * 7) < canvas.height * 0.1
+        snow = (y - crest + relief * canvas.height * 0.02) < canvas.height * 0.1
         colours[snow] = np.array([236, 240, 246], np.float32) * (0.55 + 0.45 * light[snow][:, None])
     depth = 0.55 * (1 - nearness) + 0.25 * np.clip((y - crest) / peak, 0, 1)[..., None]
     canvas.paint(y >= crest, colours * (1 - depth) + haze * (0.92 * depth), Label.MOUNTAIN)

@@ -1,0 +1,183 @@
+"""A run's checkpoint in, one model file out: proven by the scores that the training engine itself recorded."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+import fcn_dist
+from fcn_dist.deploy.modelfile import read_model_file, write_model_file
+from fcn_dist.deploy.zero import Consolidated, consolidate
+from fcn_dist.errors import UserError, named
+from fcn_dist.files import replacing
+from fcn_dist.model.description import ModelDescription
+from fcn_dist.model.fcn import torch_dtype
+from fcn_dist.training.checkpoint import (
+    DEEPSPEED_TAG,
+    PROBE_NAME,
+    Checkpoint,
+    CheckpointState,
+    Damage,
+    open_checkpoint,
+)
+
+DTYPES = ("float32", "bfloat16", "float16")
+# Largest difference of any score, as a share of the largest score, by the coarsest arithmetic on either side. Weights
+# and code are the same there, so what is left is the order of additions and the rounding after each of some twenty
+# layers. Seen on a CPU: nothing between runs; against float64 2e-6 in float32, 1e-3 in float16, 1e-2 in bfloat16. Two
+# kinds of device err independently, hence twice to four times that. TF32 has the mantissa of float16.
+TOLERANCES = {"float32": 1e-4, "tf32": 4e-3, "float16": 4e-3, "bfloat16": 3e-2}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How the written file's scores compare with those the engine recorded."""
+
+    arithmetic: str  # what the comparison ran in, such as "bfloat16 on cpu"
+    scores: int
+    difference: float  # largest, as a share of the largest score
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was converted, and how it was checked."""
+
+    path: Path
+    checkpoint: Checkpoint
+    passed_over: tuple[Damage, ...]  # newer checkpoints that are damaged
+    rounded: tuple[str, ...]  # parameters that the checkpoint kept in 16 bits only
+    parameters: int
+    agreement: Agreement
+
+
+def convert(
+    run: str | Path, out: str | Path, *, step: int | None = None, dtype: str = "float32", overwrite: bool = False
+) -> Conversion:
+    """Write the model file of a run's newest whole checkpoint, or that of `step`, its weights stored as `dtype`.
+
+    The file appears only after it was read back and gave the recorded scores. Raises UserError if there is no whole
+    checkpoint, if the scores differ, or if `out` exists and `overwrite` is false.
+    """
+    out = Path(out)
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; one of {', '.join(DTYPES)} is needed")
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise UserError(f"{out} exists; a new file is needed; choose another name, or give --overwrite for a file")
+    if not out.parent.is_dir():
+        raise UserError(f"{out.parent} is no folder to write {out.name} into; create it, or choose another")
+    checkpoint, passed_over = open_checkpoint(Path(run), step)
+    description = _description(checkpoint)
+    with torch.device("meta"):
+        model = description.build()
+    weights = consolidate(checkpoint.dir / DEEPSPEED_TAG, model)
+    _check_manifest(checkpoint, weights)
+    state = _stored(weights.state, dtype, checkpoint)
+    with replacing(out) as partial:
+        write_model_file(partial, state, description, _source(Path(run), checkpoint.state, weights, dtype))
+        agreement = _compare(partial, checkpoint, dtype)
+        if not agreement.difference <= agreement.tolerance:  # not a number fails, too
+            raise UserError(
+                f"the model converted from {checkpoint.dir} does not give the scores that the training engine "
+                f"recorded: they differ by {agreement.difference:.2g} of the largest score in {agreement.arithmetic}, "
+                f"and at most {agreement.tolerance:.2g} is rounding; nothing was written; convert another --step"
+            )
+    parameters = sum(tensor.numel() for tensor in state.values())
+    return Conversion(out, checkpoint, tuple(passed_over), weights.rounded, parameters, agreement)
+
+
+def _description(checkpoint: Checkpoint) -> ModelDescription:
+    try:
+        return ModelDescription.from_dict(checkpoint.state.model)
+    except (KeyError, TypeError, ValueError, UserError) as error:
+        raise UserError(
+            f"{checkpoint.dir} describes no network ({error!r}); a checkpoint of this version of fcn_dist is needed"
+        ) from error
+
+
+def _check_manifest(checkpoint: Checkpoint, weights: Consolidated) -> None:
+    """What DeepSpeed's files say of themselves is what the manifest says of them."""
+    state = checkpoint.state
+    stated, found = (state.zero_stage, state.world_size), (weights.stage, weights.world_size)
+    if stated != found:
+        raise UserError(
+            f"{checkpoint.dir} was saved with ZeRO stage {stated[0]} on {stated[1]} ranks by its manifest, and with "
+            f"stage {found[0]} on {found[1]} by DeepSpeed's files; restore it from a copy, or convert another step"
+        )
+
+
+def _stored(state: Mapping[str, Tensor], dtype: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The tensors as the file is to hold them; refused unless all are finite."""
+    infinite = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if infinite:
+        raise UserError(
+            f"{checkpoint.dir} holds weights that are no finite numbers in {named(infinite)}: training had diverged; "
+            "convert an earlier --step"
+        )
+    stored = {n: t.to(torch_dtype(dtype)) if t.is_floating_point() else t for n, t in state.items()}
+    beyond = [name for name, tensor in stored.items() if not tensor.isfinite().all()]
+    if beyond:
+        raise UserError(f"weights of {named(beyond)} are beyond the range of {dtype}; choose bfloat16 or float32")
+    return stored
+
+
+def _source(run: Path, state: CheckpointState, weights: Consolidated, dtype: str) -> dict[str, Any]:
+    return {
+        "run": run.resolve().name,
+        "step": state.step,
+        "scores": state.scores,
+        "dtype": dtype,
+        "precision": state.precision,
+        "zero_stage": weights.stage,
+        "world_size": weights.world_size,
+        "kept_in_16_bits": list(weights.rounded),
+        "index_sha256": state.index_sha256,
+        "fcn_dist": fcn_dist.__version__,
+        "deepspeed": weights.deepspeed_version,
+        "torch": torch.__version__,
+    }
+
+
+def _compare(path: Path, checkpoint: Checkpoint, dtype: str) -> Agreement:
+    """Read the file as a user would, and score the probe image in the arithmetic of the engine that recorded it."""
+    image, expected, recorded_on = _read_probe(checkpoint)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, _ = read_model_file(path)
+    precision = checkpoint.state.precision
+    autocast = checkpoint.state.deepspeed.get("torch_autocast") or {}
+    arithmetic = str(autocast.get("dtype", "bfloat16")) if autocast.get("enabled") else precision
+    # The masters rounded to the engine's precision are the engine's own weights, to the bit.
+    model.to(device, torch_dtype(precision))
+    mixed = torch.autocast(device.type, torch_dtype(arithmetic)) if autocast.get("enabled") else nullcontext()
+    with torch.inference_mode(), mixed:
+        scores = model(image.to(device), coarse=True).float().cpu()
+    if scores.shape != expected.shape:
+        raise UserError(
+            f"{checkpoint.dir / PROBE_NAME} holds scores {tuple(expected.shape)}, and the model gives "
+            f"{tuple(scores.shape)}; restore the checkpoint from a copy, or convert another step"
+        )
+    if arithmetic == "float32" and (device.type, recorded_on) != ("cpu", "cpu"):
+        arithmetic = "tf32"  # what a GPU's convolutions may round float32 to
+    largest = float(expected.abs().max())
+    difference = float((scores - expected).abs().max()) / (largest or 1.0)
+    tolerance = max(TOLERANCES[arithmetic], TOLERANCES[dtype])
+    return Agreement(f"{arithmetic} on {device.type}", scores.numel(), difference, tolerance)
+
+
+def _read_probe(checkpoint: Checkpoint) -> tuple[Tensor, Tensor, str]:
+    """The image, the scores that the engine gave it, and the kind of device it ran on ("" if not recorded)."""
+    path = checkpoint.dir / PROBE_NAME
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            return file.get_tensor("image"), file.get_tensor("scores"), metadata.get("device", "")
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); without the scores it holds, a conversion cannot be checked; restore "
+            "the checkpoint from a copy, or convert another step"
+        ) from error

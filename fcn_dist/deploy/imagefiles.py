@@ -1,0 +1,117 @@
+"""Images and folders in; which outputs belong to which image, and the pixels as a viewer shows them, out."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from fcn_dist.errors import UserError, named
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+# Below Pillow's own warning at 89 megapixels; a network at full width needs about 700 bytes a pixel.
+MAX_PIXELS = 64_000_000
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image, and the files that are made of it."""
+
+    image: Path
+    labels: Path
+    overlay: Path
+    figures: Path
+
+    @property
+    def outputs(self) -> tuple[Path, Path, Path]:
+        """All three."""
+        return self.labels, self.overlay, self.figures
+
+
+def plan(inputs: Sequence[Path], output_dir: Path, overwrite: bool = False) -> list[Job]:
+    """A job for each image given, and for each image in a folder given, at its place in the folder.
+
+    Raises UserError, before anything is written, if there are none, if two would write the same file, if one would
+    overwrite an image, or, unless `overwrite`, if an output exists.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"{output_dir} is a file; a folder to write to is needed; choose another --output")
+    jobs = [_job(image, output_dir / stem) for path in inputs for image, stem in _images(path, output_dir)]
+    owners: dict[Path, Path] = {}
+    images = {job.image.resolve() for job in jobs}
+    existing: list[str] = []
+    for job in jobs:
+        for output in job.outputs:
+            if output in owners:
+                raise UserError(
+                    f"{owners[output]} and {job.image} would both be written to {output}; different names are needed; "
+                    "rename one, or give them different output folders in two runs"
+                )
+            owners[output] = job.image
+            if output.resolve() in images:
+                raise UserError(
+                    f"{output} is an image to be labelled, and would be overwritten; choose another --output"
+                )
+            if output.exists():
+                existing.append(str(output))
+    if existing and not overwrite:
+        raise UserError(f"{named(existing)} exist already; choose another --output, or give --overwrite")
+    return jobs
+
+
+def _images(path: Path, output_dir: Path) -> Iterator[tuple[Path, Path]]:
+    """Images and their names without suffix, relative to the folder they were found in."""
+    if path.is_file():
+        yield path, Path(path.stem)
+        return
+    if not path.is_dir():
+        raise UserError(f"no image or folder {path}; give images, or folders with images")
+    found = 0
+    output_is_inside = path.resolve() in output_dir.resolve().parents
+    for image in sorted(path.rglob("*")):
+        hidden = any(part.startswith(".") for part in image.relative_to(path).parts)
+        # The outputs of an earlier run are no images to label.
+        ours = output_is_inside and output_dir.resolve() in image.resolve().parents
+        if image.suffix.lower() in SUFFIXES and image.is_file() and not hidden and not ours:
+            found += 1
+            yield image, image.relative_to(path).with_suffix("")
+    if not found:
+        raise UserError(f"folder {path} holds no images; files ending in {', '.join(SUFFIXES)} are looked for")
+
+
+def _job(image: Path, base: Path) -> Job:
+    # Names are added to: a stem may have dots, and with_suffix would cut it at the last.
+    labels, overlay, figures = (base.with_name(base.name + end) for end in (".png", "_overlay.png", ".json"))
+    return Job(image, labels, overlay, figures)
+
+
+def read_rgb(path: Path) -> NDArray[np.uint8]:
+    """Pixels (H, W, 3) uint8 as a viewer shows them: upright by their EXIF orientation, any mode turned to RGB.
+
+    Raises UserError if the file is no whole image, or one of more than MAX_PIXELS.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                width, height = image.size
+                # The header tells the size; decoding what is too large could exhaust the memory.
+                if width * height > MAX_PIXELS:
+                    raise UserError(f"{path} is {width}x{height}; at most {MAX_PIXELS:,} pixels are needed; shrink it")
+                upright = ImageOps.exif_transpose(image)
+                return np.array(_eight_bits(upright).convert("RGB"))
+    except UserError:
+        raise
+    except Exception as error:  # decoders of damaged files raise whatever they trip over
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{path} cannot be decoded ({reason}); a whole image file is needed; replace it") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grayscale scaled down, which Pillow would clip to white."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+    return image

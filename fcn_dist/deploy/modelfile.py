@@ -1,0 +1,108 @@
+"""The model file: one .safetensors with everything inference needs; reading it never unpickles.
+
+Tensors bear the network's own names. Metadata key `fcn_dist` holds JSON: format_version, model (ModelDescription) and
+source, which says where the weights came from and is for people.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fcn_dist.errors import UserError, named
+from fcn_dist.files import replacing
+from fcn_dist.model.description import ModelDescription
+from fcn_dist.model.fcn import FCN
+
+FORMAT_VERSION = 1
+METADATA_KEY = "fcn_dist"
+NEEDED = "a model file written by launch/convert.py is needed"
+
+
+@dataclass(frozen=True)
+class ModelFileInfo:
+    """What a model file says besides its weights."""
+
+    path: Path
+    description: ModelDescription
+    source: dict[str, Any]  # run, step, scores, versions, and how the weights were kept
+    dtype: str  # of the stored weights
+
+
+def write_model_file(
+    path: Path, model_state: Mapping[str, Tensor], description: ModelDescription, source: Mapping[str, Any]
+) -> None:
+    """Write a model file that is whole or not there. `model_state` is that of `description.build()`."""
+    content = {"format_version": FORMAT_VERSION, "model": description.as_dict(), "source": dict(source)}
+    # The first key is that of the format's convention: who reads the tensors.
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(content)}
+    with replacing(path) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in model_state.items()}, partial, metadata)
+
+
+def read_model_file(path: Path) -> tuple[FCN, ModelFileInfo]:
+    """The network in evaluation mode, its weights in float32 on the CPU, and what the file says of it.
+
+    Raises UserError if `path` is no model file, or not a whole one.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            content = _content(path, file.metadata())
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except OSError as error:
+        raise UserError(f"model file {path} cannot be read ({error.strerror or error}); {NEEDED}") from error
+    except SafetensorError as error:
+        raise UserError(f"{path} is no whole safetensors file ({error}); {NEEDED}; copy it again") from error
+    try:
+        description = ModelDescription.from_dict(content["model"])
+        # On the meta device: a network of the described size costs nothing until its weights have been checked.
+        with torch.device("meta"):
+            model = description.build()
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, UserError) as error:
+        raise UserError(f"{path} describes no network ({error!r}); {NEEDED}") from error
+    _check_tensors(path, state, model)
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values() if tensor.is_floating_point()}
+    floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    model.load_state_dict(floats, assign=True)
+    model.eval().requires_grad_(False)
+    source = content.get("source")
+    return model, ModelFileInfo(
+        Path(path), description, source if isinstance(source, dict) else {}, "+".join(sorted(dtypes))
+    )
+
+
+def _content(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    if not metadata or METADATA_KEY not in metadata:
+        raise UserError(f"{path} is a safetensors file, but not a model of fcn_dist; {NEEDED}")
+    try:
+        content = json.loads(metadata[METADATA_KEY])
+        version = content["format_version"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: its {METADATA_KEY} metadata is damaged ({error!r}); {NEEDED}") from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has model format {version!r}, and this fcn_dist reads format {FORMAT_VERSION}; convert the run "
+            "again with this version, or install the version that wrote the file"
+        )
+    assert isinstance(content, dict)
+    return content
+
+
+def _check_tensors(path: Path, state: Mapping[str, Tensor], model: FCN) -> None:
+    """Exactly the network's tensors, in its shapes."""
+    needed = model.state_dict()
+    problems = [f"{name} is missing" for name in needed if name not in state]
+    problems += [f"{name} is not part of the network" for name in state if name not in needed]
+    for name, tensor in state.items():
+        if name in needed and tensor.shape != needed[name].shape:
+            problems.append(f"{name} is {tuple(tensor.shape)}, not {tuple(needed[name].shape)}")
+        elif name in needed and tensor.is_floating_point() != needed[name].is_floating_point():
+            problems.append(f"{name} is {tensor.dtype}")
+    if problems:
+        raise UserError(f"the weights in {path} are not those of the network it describes: {named(problems)}")

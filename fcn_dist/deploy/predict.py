@@ -1,0 +1,98 @@
+"""A model file in, labels or scores of images out; on one GPU or the CPU.
+
+Shapes: H x W pixels, C outputs.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fcn_dist.deploy.modelfile import ModelFileInfo, read_model_file
+from fcn_dist.errors import UserError
+from fcn_dist.model.fcn import FCN
+from fcn_dist.model.upsampling import argmax_upsampled, upsample
+
+
+class Predictor:
+    """A loaded network: load once, predict many. Make one with `Predictor.from_file`."""
+
+    def __init__(self, model: FCN, info: ModelFileInfo, device: torch.device) -> None:
+        self.info = info
+        self.device = device
+        self._model = model.to(device)
+        table = np.frombuffer(info.description.label_rule.label_table, dtype=np.uint8)
+        self._labels: NDArray[np.uint8] = table
+
+    @classmethod
+    def from_file(cls, path: str | Path, device: str | torch.device | None = None) -> "Predictor":
+        """Read a model file; `device` as torch names it, by default a GPU if there is one.
+
+        Raises UserError if the file is no model file, or the device is not there.
+        """
+        found = _device(device)
+        model, info = read_model_file(Path(path))
+        return cls(model, info, found)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of labels 1..N."""
+        return self.info.description.classes
+
+    @property
+    def colours(self) -> tuple[tuple[int, int, int], ...]:
+        """RGB of labels 1..N."""
+        return self.info.description.colours
+
+    def predict(self, image_HW3: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Labels (H, W) uint8 of an RGB uint8 image of any size: 1..N as annotated; 0, "other", if it is learned.
+
+        Raises ValueError if the image is of another kind. Full-size scores are never held.
+        """
+        coarse = self._coarse(image_HW3)
+        height, width = image_HW3.shape[:2]
+        outputs = argmax_upsampled(coarse, (height, width), self._model.stride)[0].cpu().numpy()
+        labels: NDArray[np.uint8] = self._labels[outputs]
+        return labels
+
+    def scores(self, image_HW3: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Scores (C, H, W) float32 of an RGB uint8 image: C times the image's size; prefer `predict`.
+
+        Output c is label c + 1, or label c if the model also scores label 0. Raises ValueError as `predict` does.
+        """
+        coarse = self._coarse(image_HW3)
+        height, width = image_HW3.shape[:2]
+        scores: NDArray[np.float32] = upsample(coarse, (height, width), self._model.stride)[0].cpu().numpy()
+        return scores
+
+    @torch.inference_mode()
+    def _coarse(self, image: Any) -> Tensor:
+        if not isinstance(image, np.ndarray):
+            raise ValueError(f"the image is a {type(image).__name__}; an RGB array is needed: np.asarray(image)")
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise ValueError(
+                f"the image is {image.dtype} of shape {image.shape}; RGB of dtype uint8 and shape (H, W, 3) is needed: "
+                'with Pillow, np.asarray(image.convert("RGB"))'
+            )
+        # A copy: torch takes no arrays that are read-only or run backwards.
+        images = torch.from_numpy(image.copy()).unsqueeze(0).to(self.device)
+        coarse: Tensor = self._model(images, coarse=True)
+        return coarse
+
+
+def _device(name: str | torch.device | None) -> torch.device:
+    """The device of that name, tried out."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"device {str(name)!r} cannot be used ({str(error).splitlines()[0]}); cpu, or cuda on a machine with a "
+            "GPU, is needed; leave the device out to take what there is"
+        ) from error
+    return device
