@@ -29,7 +29,8 @@ def render(labels: Pixels, scene: int) -> Pixels:
 def labels_of(image: Pixels) -> Pixels:
     """The label each pixel's colour stands for."""
     distance = np.abs(image[..., None, :2].astype(np.int64) - LABEL_COLOURS).sum(-1)
-    return distance.argmin(-1).astype(np.uint8)
+    labels: Pixels = distance.argmin(-1).astype(np.uint8)
+    return labels
 
 
 def scene_of(image: Pixels, inside: NDArray[np.bool_]) -> int:

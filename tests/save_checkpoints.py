@@ -19,24 +19,15 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
+from tiny_models import DESCRIPTION, tiny_network
 
-from fcn_dist.config import ModelConfig, Recipe, ScheduleConfig
-from fcn_dist.model.description import ModelDescription
+from fcn_dist.config import Recipe, ScheduleConfig
 from fcn_dist.model.fcn import FCN
-from fcn_dist.model.preprocess import TORCHVISION
 from fcn_dist.training.checkpoint import CheckpointState, commit, prepare
 from fcn_dist.training.deepspeed_config import EngineConfig, resolve
 from fcn_dist.training.engine import build_engine, set_learning_rate, write_state
 from fcn_dist.training.schedule import parameter_groups
 
-# Odd sizes throughout: 11 and 5 elements divide by neither 2 nor 3 ranks.
-DESCRIPTION = ModelDescription(
-    ModelConfig(width=0.01, head_width=11, dropout=0.0),
-    TORCHVISION,
-    ("sky", "sea", "sand", "rock", "crab"),
-    ((10, 20, 30), (0, 0, 200), (200, 180, 90), (90, 90, 90), (220, 40, 10)),
-    score_other=False,
-)
 FROZEN = ("features.0.weight", "features.2.bias")
 
 
@@ -57,10 +48,8 @@ def save(out: Path, case: str) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     precision, stage, *options = case.split("-")
     config = configuration(precision, int(stage), options, world_size)
-    torch.manual_seed(0)
-    model = DESCRIPTION.build()
+    model = tiny_network().train()
     for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
         parameter.requires_grad_(name not in FROZEN)
     groups = parameter_groups(model, ScheduleConfig(steps=2, bias_multiplier=2.0))
     engine = build_engine(model, config, groups)
@@ -87,7 +76,7 @@ def configuration(precision: str, stage: int, options: list[str], world_size: in
     """The DeepSpeed configuration of a case."""
     values: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
-        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
         # Sub-groups of a few parameters each, as large models have them.
         "zero_optimization": {"stage": stage, **({"sub_group_size": 2000} if stage == 3 else {})},
     }

@@ -1,6 +1,7 @@
 """What a shard set is said to hold, in figures, on a terminal and on a sheet."""
 
 import json
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ def test_figures_are_those_of_the_scenes(scenes: Path, tmp_path: Path) -> None:
     (shard_set,) = pack(scenes, tmp_path / "out", ("training",), workers=1, samples_per_shard=1)
     d = describe(shard_set)
     assert (d.samples, d.shards, d.bytes) == (2, 2, sum(p.stat().st_size for p in (tmp_path / "out").rglob("*.tar")))
-    assert (tuple(d.height), tuple(d.width), tuple(d.short_side)) == ((20, 25, 30), (20, 30, 40), (20, 20, 20))
+    assert (astuple(d.height), astuple(d.width), astuple(d.short_side)) == ((20, 25, 30), (20, 30, 40), (20, 20, 20))
     assert d.unlabelled_share == 200 / 1400
     assert [(c.label, c.pixel_share, c.images) for c in d.classes] == [
         (2, 0.5, 1),

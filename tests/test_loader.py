@@ -22,6 +22,9 @@ from fcn_dist.errors import UserError
 from fcn_dist.labels import IGNORE_LABEL
 from fcn_dist.ranks import BatchPlan, Rank
 
+# Three workers on a small machine are meant.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
 COUNT = 13
 SEED = 4
 CROP = (40, 56)
@@ -69,7 +72,9 @@ def by_position(ranks: list[list[Batch]]) -> dict[int, tuple[torch.Tensor, torch
     return found
 
 
-def assert_same(one: dict[int, tuple[torch.Tensor, torch.Tensor]], other: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
+def assert_same(
+    one: dict[int, tuple[torch.Tensor, torch.Tensor]], other: dict[int, tuple[torch.Tensor, torch.Tensor]]
+) -> None:
     assert one.keys() == other.keys()
     for position, (image, target) in one.items():
         assert torch.equal(image, other[position][0]) and torch.equal(target, other[position][1])

@@ -33,7 +33,10 @@ def test_a_rank_owns_the_same_positions_however_it_accumulates(
     micro_batch: int, accumulation: int, world_size: int
 ) -> None:
     size = micro_batch * accumulation * world_size
-    cut, whole = BatchPlan(size, micro_batch, accumulation, world_size), BatchPlan(size, size // world_size, 1, world_size)
+    cut, whole = (
+        BatchPlan(size, micro_batch, accumulation, world_size),
+        BatchPlan(size, size // world_size, 1, world_size),
+    )
     for rank in range(world_size):
         parts = [p for part in range(accumulation) for p in cut.positions(rank, 5 * accumulation + part)]
         assert parts == list(whole.positions(rank, 5))
@@ -58,7 +61,11 @@ def test_whatever_is_left_open_is_filled_in_to_fit_what_is_given(
     assert fits
     assert plan.world_size == world_size
     assert plan.micro_batch * plan.accumulation * plan.world_size == plan.global_batch
-    for given_size, found in ((total, plan.global_batch), (micro_batch, plan.micro_batch), (accumulation, plan.accumulation)):
+    for given_size, found in (
+        (total, plan.global_batch),
+        (micro_batch, plan.micro_batch),
+        (accumulation, plan.accumulation),
+    ):
         assert given_size is None or given_size == found
 
 

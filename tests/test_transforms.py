@@ -33,7 +33,7 @@ def place(window: CropWindow, image: Pixels, mask: Pixels, crop: tuple[int, int]
 @settings(max_examples=200)
 def test_every_bit_of_seed_and_position_reaches_the_generator(seed: int, position: int, purpose: Purpose) -> None:
     state = generator(seed, position, purpose).bit_generator.state
-    assert state["state"]["key"].tolist() == [key64(seed, purpose), position]  # type: ignore[call-overload, index]
+    assert state["state"]["key"].tolist() == [key64(seed, purpose), position]
 
 
 def test_draws_differ_between_seeds_positions_and_purposes_and_repeat_for_the_same() -> None:

@@ -26,7 +26,7 @@ from fcn_dist.scoring.evaluate import check_classes, evaluate, scores_other
 from fcn_dist.scoring.metrics import Scores
 from fcn_dist.training.checkpoint import DEEPSPEED_TAG, open_checkpoint
 
-SHEET_SCENES = 4
+SHEET_SCENES = 6
 
 
 def main(argv: list[str]) -> None:

@@ -1,14 +1,15 @@
 """A shard set in; the figures that tell a person what it holds out, from its index and member records alone."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from fcn_dist.data.shardset import ShardSet, read_members
 
 
-class ClassShare(NamedTuple):
+@dataclass(frozen=True)
+class ClassShare:
     """How much of a split one class is."""
 
     label: int
@@ -18,7 +19,8 @@ class ClassShare(NamedTuple):
     images: int
 
 
-class Spread(NamedTuple):
+@dataclass(frozen=True)
+class Spread:
     """Smallest, median and largest."""
 
     smallest: int

@@ -14,7 +14,6 @@ from fcn_dist.data.pixel_counts import PixelCounts
 from fcn_dist.data.scenes import CheckedPair
 from fcn_dist.data.shardset import Sample, Shard, member_dtype, members_path
 from fcn_dist.data.transforms import decode
-from fcn_dist.data.workers import stop_if_asked
 from fcn_dist.errors import UserError
 from fcn_dist.files import replacing, sha256
 
@@ -38,7 +37,6 @@ def write_shard(job: ShardJob) -> tuple[Shard, PixelCounts]:
         # PAX headers hold names of any length in any script.
         with partial.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
             for checked in job.pairs:
-                stop_if_asked()
                 encoded = _encode(checked, job.rules)
                 size = count_sample(Sample(checked.pair.key, *encoded), counts)
                 assert size == (checked.height, checked.width), (checked, size)

@@ -15,7 +15,6 @@ from fcn_dist.data.masks import read_mask
 from fcn_dist.data.pixel_counts import PixelCounts
 from fcn_dist.data.shardset import Sample, Shard, read_members
 from fcn_dist.data.tarshard import IMAGE_SUFFIX, MASK_SUFFIX, count_sample
-from fcn_dist.data.workers import stop_if_asked
 from fcn_dist.errors import UserError
 from fcn_dist.files import sha256
 
@@ -153,7 +152,6 @@ def _sample_problems(
     path = check.shard.path
     with path.open("rb") as file:
         for key, record in zip(keys, records, strict=True):
-            stop_if_asked()
             whole = []
             for part, suffix in _PARTS:
                 file.seek(int(record[f"{part}_offset"]))

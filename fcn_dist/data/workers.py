@@ -3,13 +3,12 @@
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection, get_context, parent_process
-from multiprocessing.synchronize import Event
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from traceback import format_exc
+from typing import Any, TypeVar
 
 import cv2
 from rich.console import Console
@@ -19,8 +18,6 @@ from fcn_dist.errors import UserError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-
-_stop: Event | None = None  # in a worker process: set when the others' work is no longer wanted
 
 
 def default_workers() -> int:
@@ -33,12 +30,6 @@ def check_workers(workers: int | None) -> int:
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}; at least 1 is needed")
     return workers or default_workers()
-
-
-def stop_if_asked() -> None:
-    """Called between samples by long jobs: ends the job when another has failed or the user has had enough."""
-    if _stop is not None and _stop.is_set():
-        raise InterruptedError
 
 
 def map_in_processes(
@@ -67,42 +58,82 @@ def map_in_processes(
 def _map_in_pool(
     function: Callable[[Job], Result], jobs: Sequence[Job], workers: int, done: Callable[[int], None]
 ) -> list[Result]:
+    # Not ProcessPoolExecutor: an interrupt while it hands out jobs can leave its locks held, and it then hangs; and
+    # its workers outlive a parent that is killed. Here there is neither a lock nor a thread, only one pipe a worker.
     # Not fork: the caller may have threads (torch, OpenCV), whose locks a fork would copy in whatever state.
-    context = get_context("forkserver" if sys.platform != "win32" else "spawn")
+    context = get_context("forkserver")
     context.set_forkserver_preload([function.__module__])  # imported once, not once a worker
-    stop = context.Event()
-    with ProcessPoolExecutor(workers, context, _start_worker, (stop,)) as pool:
-        futures: dict[Future[Result], int] = {pool.submit(function, job): i for i, job in enumerate(jobs)}
-        try:
-            for future in as_completed(futures):
-                future.result()
-                done(futures[future])
-        except BrokenProcessPool as error:
-            raise UserError(
-                f"one of {workers} worker processes died before its work was done, most likely killed for want of "
-                "memory; choose fewer --workers"
-            ) from error
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-        return [future.result() for future in futures]
+    results: dict[int, Result] = {}
+    waiting = iter(enumerate(jobs))
+    busy: dict[Connection, int] = {}
+    processes = []
+
+    def hand_out(worker: Connection) -> None:
+        number, job = next(waiting, (None, None))
+        if number is not None:
+            busy[worker] = number
+            with _lives(workers):
+                worker.send(job)
+        else:
+            worker.close()  # which ends it
+
+    try:
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(function, theirs), daemon=True)
+            process.start()
+            processes.append(process)
+            theirs.close()
+            hand_out(ours)
+        while busy:
+            for worker in wait(list(busy)):
+                assert isinstance(worker, Connection)
+                number = busy.pop(worker)
+                results[number] = _result(worker, workers)
+                done(number)
+                hand_out(worker)
+    finally:
+        # Whether all is done or an error or interrupt has come: nothing of what they still do is wanted.
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+    return [results[number] for number in range(len(jobs))]
 
 
-def _start_worker(stop: Event) -> None:
-    global _stop
-    _stop = stop
-    # Ctrl-C reaches the whole terminal group; the parent alone answers it, and asks us to stop.
+@contextmanager
+def _lives(workers: int) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, ConnectionError) as error:
+        raise UserError(
+            f"one of {workers} worker processes died before its work was done, most likely killed for want of "
+            "memory; choose fewer --workers"
+        ) from error
+
+
+def _result(worker: Connection, workers: int) -> Any:
+    with _lives(workers):
+        succeeded, result = worker.recv()
+    if not succeeded:
+        raise result
+    return result
+
+
+def _work(function: Callable[[Job], Result], parent: Connection) -> None:
+    # Ctrl-C reaches the whole terminal group; the parent alone answers it, and ends us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(1)  # the parallelism is in the processes
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    # A parent that was killed cannot ask; without this its workers would wait for jobs for ever.
-    parent = parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
+    # The pipe ends when there is no more to do, and when the parent has died.
+    with suppress(EOFError, ConnectionError):
+        while True:
+            job: Job = parent.recv()
+            try:
+                answer: tuple[bool, object] = True, function(job)
+            except Exception as error:
+                error.add_note(f"in a worker process:\n{format_exc()}")
+                answer = False, error
+            parent.send(answer)
 
 
 def _progress() -> Progress:

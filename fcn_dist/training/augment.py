@@ -3,6 +3,7 @@
 Shapes: B images, H x W the crop.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,12 +17,13 @@ def to_device(batch: Batch, config: DataConfig, seed: int, device: torch.device)
     """Images (B, H, W, 3), uint8 or float32 in 0-255, and targets (B, H, W) uint8 as the network trains on them."""
     images = batch.images.to(device, non_blocking=True)
     targets = batch.targets.to(device, non_blocking=True)
-    draws = [generator(seed, position, Purpose.PHOTOMETRIC).random(4) for position in batch.positions]
-    mirrored = torch.tensor([draw[0] < config.flip for draw in draws], device=device)
+    drawn = [generator(seed, position, Purpose.PHOTOMETRIC).random(4) for position in batch.positions]
+    draws = torch.from_numpy(np.stack(drawn)).to(device)
+    mirrored = draws[:, 0] < config.flip
     images = torch.where(mirrored[:, None, None, None], images.flip(2), images)
     targets = torch.where(mirrored[:, None, None], targets.flip(2), targets)
     if config.jitter:
-        factors = torch.tensor([1 + config.jitter * (2 * draw[1:] - 1) for draw in draws], device=device)
+        factors = 1 + config.jitter * (2 * draws[:, 1:] - 1)
         images = jitter(images, factors.float())
     return images, targets
 

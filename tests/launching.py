@@ -1,0 +1,57 @@
+"""Real ranks under the real launcher, with a hard time limit."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+
+def run_ranks(
+    script: Path, arguments: Sequence[str], world_size: int, folder: Path, timeout: float, code: int = 0
+) -> str:
+    """Run `script` on `world_size` ranks from `folder`, and return all they print.
+
+    Fails the test unless the launcher exits with `code`.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world_size)]
+    return _run([*launcher, "--master_port", port, str(script), *arguments], script, folder, timeout, code)
+
+
+def run_alone(script: Path, arguments: Sequence[str], folder: Path, timeout: float, code: int = 0) -> str:
+    """Run `script` as one process without a launcher; the rest as `run_ranks`."""
+    return _run([sys.executable, str(script), *arguments], script, folder, timeout, code)
+
+
+def _run(command: Sequence[str], script: Path, folder: Path, timeout: float, wanted: int) -> str:
+    """The launcher leaves its ranks behind when it is killed, so the whole process group is ended with it."""
+    log = folder / f"{script.stem}.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code: int | None = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    text = log.read_text()
+    if code != wanted:
+        reason = f"no end within {timeout} s" if code is None else f"exit code {code}, not {wanted}"
+        pytest.fail(f"{' '.join(command)}: {reason}\n{text[-6000:]}")
+    return text

@@ -1,0 +1,179 @@
+"""From a checkpoint to a model file that was proven. Real ranks are in test_zero.py; here the files are our own."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import DESCRIPTION, tiny_network
+
+from fcn_dist.commands import convert as command
+from fcn_dist.commands.entry import run_script
+from fcn_dist.deploy.convert import convert
+from fcn_dist.deploy.modelfile import read_model_file
+from fcn_dist.deploy.predict import Predictor
+from fcn_dist.errors import UserError
+from fcn_dist.model.fcn import FCN
+from fcn_dist.training.checkpoint import CheckpointState, commit, prepare
+
+STATE = CheckpointState(
+    step=1,
+    position=8,
+    world_size=1,
+    zero_stage=0,
+    precision="float32",
+    model=json.loads(json.dumps(DESCRIPTION.as_dict())),
+    recipe={},
+    deepspeed={},
+    index_sha256="0" * 64,
+    scores={"mean_iou": 0.25},
+)
+IMAGE = torch.randint(0, 256, (1, 33, 47, 3), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+Edit = Callable[[dict[str, Any]], Any]
+
+
+def save_run(
+    run_dir: Path,
+    step: int = 1,
+    seed: int = 0,
+    bias: float = 0.5,
+    edit_probe: Edit = dict,
+    state: CheckpointState = STATE,
+) -> FCN:
+    """A committed checkpoint as one rank without ZeRO in float32 writes it; returns its network."""
+    model = tiny_network(seed=seed)
+    model.get_parameter("fc7.bias").data[3] = bias
+    folder = prepare(run_dir, step)
+    (folder / "deepspeed").mkdir()
+    content = {"module": model.state_dict(), "optimizer": None, "dp_world_size": 1, "ds_version": "0.19.8"}
+    torch.save(content, folder / "deepspeed" / "mp_rank_00_model_states.pt")
+    with torch.inference_mode():
+        probe = {"image": IMAGE, "scores": model(IMAGE, coarse=True).contiguous()}
+    if changed := edit_probe(probe):
+        save_file(changed, folder / "probe.safetensors", {"device": "cpu"})
+    commit(run_dir, replace(state, step=step))
+    return model
+
+
+def assert_nothing_was_left(folder: Path) -> None:
+    assert [path.name for path in folder.iterdir()] == ["run"]
+
+
+def test_the_file_holds_the_weights_and_says_where_they_came_from(tmp_path: Path) -> None:
+    model = save_run(tmp_path / "run")
+    conversion = convert(str(tmp_path / "run"), str(tmp_path / "model.safetensors"))
+    assert conversion.agreement.difference <= conversion.agreement.tolerance == 1e-4
+    assert conversion.agreement.arithmetic == "float32 on cpu"
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored.keys() == model.state_dict().keys()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in model.state_dict().items())
+    _, info = read_model_file(tmp_path / "model.safetensors")
+    assert info.description == DESCRIPTION
+    wanted = {"run": "run", "step": 1, "scores": {"mean_iou": 0.25}, "dtype": "float32", "zero_stage": 0}
+    assert wanted.items() <= info.source.items()
+
+
+def test_the_file_predicts_as_the_network_did(tmp_path: Path) -> None:
+    model = save_run(tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "model.safetensors")
+    with torch.inference_mode():
+        wanted = model(IMAGE)[0].numpy()
+    found = Predictor.from_file(tmp_path / "model.safetensors", "cpu").scores(IMAGE[0].numpy())
+    assert abs(found - wanted).max() <= 1e-6 * abs(wanted).max()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_are_stored_in_the_type_asked_for(tmp_path: Path, dtype: str) -> None:
+    model = save_run(tmp_path / "run")
+    conversion = convert(tmp_path / "run", tmp_path / "model.safetensors", dtype=dtype)
+    assert 1e-6 < conversion.agreement.difference <= conversion.agreement.tolerance
+    stored = load_file(tmp_path / "model.safetensors")
+    wanted = model.fc6.weight.to(getattr(torch, dtype))
+    assert torch.equal(stored["fc6.weight"], wanted)
+
+
+def test_scores_that_differ_are_an_error_and_leave_no_file(tmp_path: Path) -> None:
+    save_run(tmp_path / "run", edit_probe=lambda probe: {**probe, "scores": probe["scores"] * 1.001})
+    with pytest.raises(UserError, match=r"differ by 0\.001 of the largest score in float32 on cpu"):
+        convert(tmp_path / "run", tmp_path / "model.safetensors")
+    assert_nothing_was_left(tmp_path)
+
+
+def test_scores_that_are_no_numbers_are_an_error(tmp_path: Path) -> None:
+    save_run(tmp_path / "run", edit_probe=lambda probe: {**probe, "scores": probe["scores"] * torch.nan})
+    with pytest.raises(UserError, match="differ by nan"):
+        convert(tmp_path / "run", tmp_path / "model.safetensors")
+
+
+def test_a_failed_conversion_keeps_the_file_it_was_to_replace(tmp_path: Path) -> None:
+    save_run(tmp_path / "run", edit_probe=lambda probe: {**probe, "scores": probe["scores"] + 1})
+    (tmp_path / "model.safetensors").write_text("precious")
+    with pytest.raises(UserError, match="nothing was written"):
+        convert(tmp_path / "run", tmp_path / "model.safetensors", overwrite=True)
+    assert (tmp_path / "model.safetensors").read_text() == "precious"
+
+
+def test_an_output_that_exists_is_refused_unless_told_to_overwrite(tmp_path: Path) -> None:
+    save_run(tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors exists"):
+        convert(tmp_path / "run", tmp_path / "model.safetensors")
+    convert(tmp_path / "run", tmp_path / "model.safetensors", overwrite=True)
+
+
+def test_the_command_says_which_newer_checkpoint_was_passed_over_and_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older = save_run(tmp_path / "run", step=1, seed=1)
+    save_run(tmp_path / "run", step=2, seed=2)
+    (tmp_path / "run/checkpoints/step-00000002/deepspeed/mp_rank_00_model_states.pt").unlink()
+    figures = tmp_path / "figures.json"
+    command.main([str(tmp_path / "run"), str(tmp_path / "model.safetensors"), "--json", str(figures)])
+    printed = capsys.readouterr().out
+    assert "step-00000002: deepspeed/mp_rank_00_model_states.pt is missing" in printed
+    assert "largest difference" in printed and "0.0001 allowed" in printed
+    assert json.loads(figures.read_text())["step"] == 1
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["fc7.bias"], older.get_parameter("fc7.bias"))
+
+
+def test_a_step_can_be_chosen(tmp_path: Path) -> None:
+    save_run(tmp_path / "run", step=1, seed=1)
+    save_run(tmp_path / "run", step=2, seed=2)
+    assert convert(tmp_path / "run", tmp_path / "model.safetensors", step=1).checkpoint.state.step == 1
+    with pytest.raises(UserError, match="no checkpoint of step 3"):
+        convert(tmp_path / "run", tmp_path / "other.safetensors", step=3)
+
+
+def test_a_checkpoint_without_recorded_scores_is_refused(tmp_path: Path) -> None:
+    save_run(tmp_path / "run", edit_probe=lambda probe: {})
+    with pytest.raises(UserError, match="without the scores it holds, a conversion cannot be checked"):
+        convert(tmp_path / "run", tmp_path / "model.safetensors")
+    assert_nothing_was_left(tmp_path)
+
+
+def test_a_manifest_that_disagrees_with_deepspeeds_files_is_refused(tmp_path: Path) -> None:
+    save_run(tmp_path / "run", state=replace(STATE, zero_stage=2, world_size=4))
+    with pytest.raises(UserError, match="ZeRO stage 2 on 4 ranks by its manifest, and with stage 0 on 1"):
+        convert(tmp_path / "run", tmp_path / "model.safetensors")
+
+
+def test_a_diverged_model_is_refused(tmp_path: Path) -> None:
+    save_run(tmp_path / "run", bias=torch.nan)
+    with pytest.raises(UserError, match=r"no finite numbers in fc7\.bias: training had diverged"):
+        convert(tmp_path / "run", tmp_path / "model.safetensors")
+
+
+def test_weights_beyond_float16_are_refused_in_float16(tmp_path: Path) -> None:
+    save_run(tmp_path / "run", bias=1e5)
+    with pytest.raises(UserError, match=r"fc7\.bias are beyond the range of float16"):
+        convert(tmp_path / "run", tmp_path / "model.safetensors", dtype="float16")
+    convert(tmp_path / "run", tmp_path / "model.safetensors", dtype="bfloat16")
+
+
+def test_the_command_ends_with_2_and_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_script("convert", [str(tmp_path / "none"), str(tmp_path / "model.safetensors")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: no run folder {tmp_path / 'none'}")

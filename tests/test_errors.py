@@ -1,0 +1,177 @@
+"""What users get wrong: exit code 2, one message on standard error that names it, no traceback, nothing lost."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MakeScenes
+from launching import run_alone, run_ranks
+
+from fcn_dist.commands.entry import run_script
+from fcn_dist.config import ModelConfig
+from fcn_dist.data.packing import pack
+from fcn_dist.deploy.modelfile import write_model_file
+from fcn_dist.model.description import ModelDescription
+from fcn_dist.model.preprocess import TORCHVISION
+
+ROOT = Path(__file__).resolve().parents[1]
+TIME_LIMIT = 200.0
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """`refused("train", arguments...)` runs the command, which must exit with 2, and returns its one message."""
+
+    def run(command: str, *arguments: str | Path) -> str:
+        capsys.readouterr()
+        assert run_script(command, [str(argument) for argument in arguments]) == 2
+        message = capsys.readouterr().err
+        assert message.count("error: ") == 1 and "Traceback" not in message
+        return message
+
+    return run
+
+
+@pytest.fixture
+def scenes(make_scenes: MakeScenes) -> Path:
+    return make_scenes(n=4, size=(48, 64))
+
+
+@pytest.fixture
+def shards(scenes: Path, tmp_path: Path) -> Path:
+    pack(scenes, tmp_path / "shards")
+    return tmp_path / "shards"
+
+
+def model_file(path: Path, classes: int) -> Path:
+    torch.manual_seed(0)
+    names = tuple(f"class {i}" for i in range(1, classes + 1))
+    colours = tuple((i, 2 * i, 3 * i) for i in range(1, classes + 1))
+    config = ModelConfig(width=0.0625, head_width=8)
+    description = ModelDescription(config, TORCHVISION, names, colours, score_other=False)
+    write_model_file(path, description.build().state_dict(), description, {})
+    return path
+
+
+def test_a_scenes_folder_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
+    message = refused("create", tmp_path / "nowhere", tmp_path / "out")
+    assert str(tmp_path / "nowhere") in message and not (tmp_path / "out").exists()
+
+
+def test_an_empty_scenes_folder(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in refused("create", tmp_path / "empty", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_packing_onto_a_shard_set(refused: Refused, scenes: Path, shards: Path) -> None:
+    before = {path: path.read_bytes() for path in shards.rglob("*") if path.is_file()}
+    assert "already holds a shard set" in refused("create", scenes, shards)
+    assert before == {path: path.read_bytes() for path in shards.rglob("*") if path.is_file()}
+
+
+def test_an_image_that_does_not_decode_is_named_at_packing(refused: Refused, scenes: Path, tmp_path: Path) -> None:
+    image = scenes / "images" / "training" / "training_0001.jpg"
+    image.write_bytes(b"no image")
+    assert "training_0001.jpg" in refused("create", scenes, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.tar"))
+
+
+def test_a_folder_that_is_no_shard_set(refused: Refused, tmp_path: Path) -> None:
+    for command in ("verify", "describe"):
+        assert str(tmp_path) in refused(command, tmp_path / "nothing")
+    message = refused("train", "--shards", tmp_path, "--output", tmp_path / "run")
+    assert "index.json" in message and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.crops=[32,32]", "unknown recipe key data.crops; did you mean data.crop?"),
+        ("dta.crop=3", "unknown recipe key dta; did you mean data?"),
+        ("schedule.steps=many", "schedule.steps"),
+        ("schedule.steps", "KEY=VALUE"),
+        ("data.scale=[2,1]", "data.scale"),
+    ],
+)
+def test_a_recipe_value_that_is_wrong(
+    override: str, expected: str, refused: Refused, shards: Path, tmp_path: Path
+) -> None:
+    message = refused("train", "--shards", shards, "--output", tmp_path / "run", "--set", override)
+    assert expected in message and not (tmp_path / "run").exists()
+
+
+def test_an_unknown_key_in_a_recipe_file_is_named_with_the_file(refused: Refused, shards: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("model:\n  widht: 2\n")
+    message = refused("train", "--shards", shards, "--output", tmp_path / "run", "--recipe", recipe)
+    assert str(recipe) in message and "unknown recipe key model.widht; did you mean model.width?" in message
+
+
+def test_a_micro_batch_that_does_not_divide(refused: Refused, shards: Path, tmp_path: Path) -> None:
+    config = tmp_path / "deepspeed.json"
+    text = (ROOT / "launch" / "zero" / "zero1_fp32.json").read_text()
+    config.write_text(text.replace('"train_micro_batch_size_per_gpu": "auto"', '"train_micro_batch_size_per_gpu": 64'))
+    overrides = ["--set", "train.global_batch=100", "--set", "schedule.learning_rate=0.1"]
+    message = refused(
+        "train", "--shards", shards, "--output", tmp_path / "run", "--deepspeed_config", config, *overrides
+    )
+    assert "micro-batch 64 does not divide the global batch 100" in message and "multiple of 64" in message
+
+
+def test_a_run_folder_that_exists(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("precious")
+    arguments = ["--shards", str(shards), "--output", str(tmp_path / "run"), "--set", "schedule.learning_rate=0.1"]
+    overrides = ["--set", "train.global_batch=2", "--set", "model.width=0.0625"]
+    output = run_alone(ROOT / "launch" / "train.py", [*arguments, *overrides], tmp_path, TIME_LIMIT, code=2)
+    assert f"error: {tmp_path / 'run'} exists" in output and "Traceback" not in output
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.slow
+def test_under_the_launcher_one_message_and_exit_code_2_come_from_all_ranks_together(
+    shards: Path, tmp_path: Path
+) -> None:
+    arguments = ["--shards", str(shards), "--output", str(tmp_path / "run"), "--set", "model.wdth=1"]
+    output = run_ranks(ROOT / "launch" / "train.py", arguments, 2, tmp_path, TIME_LIMIT, code=2)
+    assert output.count("unknown recipe key model.wdth") == 1 and "Traceback" not in output
+
+
+def test_resuming_what_never_began(refused: Refused, shards: Path, tmp_path: Path) -> None:
+    message = refused("train", "--shards", shards, "--output", tmp_path / "run", "--resume")
+    assert str(tmp_path / "run") in message and not (tmp_path / "run").exists()
+
+
+def test_evaluating_on_a_shard_set_of_other_classes(refused: Refused, shards: Path, tmp_path: Path) -> None:
+    message = refused("evaluate", "--model", model_file(tmp_path / "m.safetensors", 7), "--shards", shards)
+    assert "7 classes" in message and "has 5" in message
+
+
+def test_a_model_file_that_is_none(refused: Refused, shards: Path, scenes: Path, tmp_path: Path) -> None:
+    garbage = tmp_path / "garbage.safetensors"
+    garbage.write_bytes(b"not a model at all" * 9)
+    image = scenes / "images" / "training" / "training_0000.jpg"
+    for path in (garbage, tmp_path / "missing.safetensors"):
+        assert str(path) in refused("predict", path, image, "--output", tmp_path / "out")
+        assert str(path) in refused("evaluate", "--model", path, "--shards", shards)
+
+
+def test_an_image_that_does_not_decode_does_not_keep_the_others_from_being_labelled(
+    refused: Refused, scenes: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(scenes / "images" / "training", folder)
+    (folder / "training_0002.jpg").write_bytes(b"no image")
+    model = model_file(tmp_path / "m.safetensors", 5)
+    assert "training_0002.jpg" in refused("predict", model, folder, "--output", tmp_path / "out")
+    assert len(list((tmp_path / "out").rglob("*_overlay.png"))) == 3
+
+
+def test_converting_a_folder_that_is_no_run(refused: Refused, tmp_path: Path) -> None:
+    assert str(tmp_path / "run") in refused("convert", tmp_path / "run", tmp_path / "m.safetensors")
+    assert not (tmp_path / "m.safetensors").exists()

@@ -1,0 +1,142 @@
+"""Evaluation on one process, against a plain loop over the scenes folder: full scores, softmax, argmax, counting."""
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from colour_scenes import NUM_CLASSES, write_colour_scenes
+from torch import nn
+
+from fcn_dist.config import ModelConfig
+from fcn_dist.data.packing import pack
+from fcn_dist.data.shardset import ShardSet
+from fcn_dist.errors import UserError
+from fcn_dist.model.fcn import FCN
+from fcn_dist.ranks import Rank
+from fcn_dist.scoring.evaluate import check_classes, evaluate, rounds
+
+COUNT = 6
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_colour_scenes(tmp_path_factory.mktemp("evaluate") / "scenes", COUNT, ("validation",))
+
+
+@pytest.fixture(scope="module")
+def shard_set(scenes: Path) -> ShardSet:
+    (packed,) = pack(scenes, scenes.parent / "shards", ["validation"], samples_per_shard=4, workers=1)
+    return packed
+
+
+def network(outputs: int, variant: str = "fcn8s") -> FCN:
+    torch.manual_seed(1)
+    model = FCN(outputs, ModelConfig(variant=variant, width=0.05, head_width=8))  # type: ignore[arg-type]
+    for score in (model.score_fr, model.score_pool4, model.score_pool3):
+        if score is not None:
+            nn.init.normal_(score.weight)
+    return model
+
+
+def plain_loop(model: FCN, scenes: Path, score_other: bool) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    """Counts of (truth, prediction), from the files that were packed."""
+    counts = np.zeros((NUM_CLASSES + 1, NUM_CLASSES + 1), np.int64)
+    model.eval()
+    for path in sorted((scenes / "images" / "validation").glob("*.jpg")):
+        bgr = cv2.imread(str(path), cv2.IMREAD_COLOR)
+        truth = cv2.imread(str(scenes / "annotations" / "validation" / f"{path.stem}.png"), cv2.IMREAD_UNCHANGED)
+        assert bgr is not None and truth is not None
+        with torch.no_grad():
+            scores = model(torch.from_numpy(np.ascontiguousarray(bgr[..., ::-1]))[None])
+        outputs = torch.softmax(scores, dim=1)[0].argmax(dim=0).numpy()
+        prediction = outputs if score_other else outputs + 1
+        for t in range(NUM_CLASSES + 1):
+            for p in range(NUM_CLASSES + 1):
+                counts[t, p] += np.count_nonzero((truth == t) & (prediction == p))
+    return counts
+
+
+@pytest.mark.parametrize("variant", ["fcn8s", "fcn32s"])
+@pytest.mark.parametrize(("score_other", "workers"), [(False, 0), (True, 0), (False, 2)])
+def test_scores_are_those_of_a_plain_loop_over_the_scenes(
+    scenes: Path, shard_set: ShardSet, variant: str, score_other: bool, workers: int
+) -> None:
+    model = network(NUM_CLASSES + score_other, variant)
+    told: list[int] = []
+    result = evaluate(model, shard_set, workers=workers, advance=told.append)
+    expected = plain_loop(model, scenes, score_other)
+    assert result.confusion.tolist() == expected.tolist()
+    assert np.count_nonzero(expected.sum(axis=0)) > 1  # more than one class is predicted
+    labelled = expected[1:]
+    assert result.official.pixel_accuracy == pytest.approx(np.trace(expected[1:, 1:]) / labelled.sum())
+    ious = [
+        labelled[n - 1, n] / (labelled[n - 1].sum() + labelled[:, n].sum() - labelled[n - 1, n])
+        for n in range(1, NUM_CLASSES + 1)
+        if labelled[n - 1].sum()
+    ]
+    assert result.official.mean_iou == pytest.approx(sum(ious) / NUM_CLASSES)
+    assert sum(told) == COUNT and result.num_samples == COUNT and result.split == "validation"
+    if score_other:
+        assert result.paper.pixel_accuracy == pytest.approx(np.trace(expected) / expected.sum())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_network_is_left_in_the_mode_it_was_in_and_its_weights_alone(shard_set: ShardSet, training: bool) -> None:
+    model = network(NUM_CLASSES).train(training)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    evaluate(model, shard_set)
+    assert all(module.training == training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_error_leaves_the_mode_as_it_was_too(shard_set: ShardSet) -> None:
+    model = network(NUM_CLASSES).train()
+
+    def fail(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("planted")
+
+    with pytest.raises(RuntimeError, match="planted"):
+        evaluate(model, shard_set, forward=fail)
+    assert model.training
+
+
+def test_dropout_and_gradients_are_off(shard_set: ShardSet) -> None:
+    model = network(NUM_CLASSES).train()
+    first, second = evaluate(model, shard_set), evaluate(model, shard_set)
+    assert first.confusion.tolist() == second.confusion.tolist()
+    seen: list[bool] = []
+
+    def forward(images: torch.Tensor, coarse: bool) -> torch.Tensor:
+        seen.append(torch.is_grad_enabled())
+        scores: torch.Tensor = model(images, coarse=coarse)
+        return scores
+
+    evaluate(model, shard_set, forward=forward)
+    assert seen == [False] * COUNT
+
+
+@pytest.mark.parametrize("outputs", [1, NUM_CLASSES - 1, NUM_CLASSES + 2, 150])
+def test_a_set_of_other_classes_than_the_network_s_is_refused(shard_set: ShardSet, outputs: int) -> None:
+    with pytest.raises(UserError, match=rf"{outputs} outputs, but .* has 4 classes; 4 outputs \(or 5"):
+        evaluate(network(outputs), shard_set)
+
+
+def test_classes_of_other_names_or_number_are_refused_naming_the_first(shard_set: ShardSet) -> None:
+    names = shard_set.classes
+    check_classes(names, shard_set)
+    with pytest.raises(UserError, match=r"class 3 'cat', but in .* it is 'class 3'"):
+        check_classes((*names[:2], "cat", names[3]), shard_set)
+    with pytest.raises(UserError, match=r"3 classes, but .* has 4"):
+        check_classes(names[:3], shard_set)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 5, COUNT + 3])
+def test_every_rank_has_as_many_rounds_and_every_scene_is_in_one(shard_set: ShardSet, world_size: int) -> None:
+    ranks = [list(rounds(shard_set, Rank(index, world_size), 0)) for index in range(world_size)]
+    assert len({len(share) for share in ranks}) == 1
+    keys = [scene.key for share in ranks for scene in share if scene]
+    assert sorted(keys) == [f"validation_{number:02d}" for number in range(COUNT)]

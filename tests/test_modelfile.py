@@ -1,0 +1,178 @@
+"""The model file: what was written is what is read, and whatever else is a clear error."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_models import DESCRIPTION, tiny_network
+from torch import Tensor
+
+from fcn_dist.deploy.modelfile import read_model_file, write_model_file
+from fcn_dist.errors import UserError
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A whole model file."""
+    found = tmp_path / "model.safetensors"
+    write_model_file(found, tiny_network().state_dict(), DESCRIPTION, {"run": "test", "step": 3})
+    return found
+
+
+def rewrite(path: Path, state: dict[str, Tensor] | None = None, **changes: Any) -> None:
+    """Write the file again with other tensors, or with keys of its JSON changed."""
+    with safe_open(path, framework="pt") as file:
+        content = json.loads(file.metadata()["fcn_dist"])
+    save_file(state or load_file(path), path, {"fcn_dist": json.dumps({**content, **changes})})
+
+
+def test_what_was_written_is_read(path: Path) -> None:
+    model, info = read_model_file(path)
+    assert info.description == DESCRIPTION
+    assert (info.source, info.dtype, info.path) == ({"run": "test", "step": 3}, "float32", path)
+    assert not model.training
+    for name, tensor in tiny_network().state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+    image = torch.full((1, 9, 20, 3), 100, dtype=torch.uint8)
+    with torch.inference_mode():
+        assert torch.allclose(model(image), tiny_network()(image), atol=1e-6)
+
+
+def test_sixteen_bit_weights_are_read_as_float32(tmp_path: Path) -> None:
+    state = {name: tensor.bfloat16() for name, tensor in tiny_network().state_dict().items()}
+    write_model_file(tmp_path / "m.safetensors", state, DESCRIPTION, {})
+    model, info = read_model_file(tmp_path / "m.safetensors")
+    assert info.dtype == "bfloat16"
+    assert torch.equal(model.fc6.weight, state["fc6.weight"].float())
+
+
+def test_any_reader_of_safetensors_finds_names_and_json(path: Path) -> None:
+    with safe_open(path, framework="numpy") as file:
+        assert set(file.keys()) == tiny_network().state_dict().keys()
+        content = json.loads(file.metadata()["fcn_dist"])
+    assert content["format_version"] == 1
+    assert content["model"]["classes"] == list(DESCRIPTION.classes)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.safetensors cannot be read"):
+        read_model_file(tmp_path / "none.safetensors")
+
+
+def test_a_folder_is_no_model_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a model file written by launch/convert\.py is needed"):
+        read_model_file(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\x80\x04\x95" + b"x" * 1000, b"\xff" * 64])
+def test_garbage_is_no_model_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "m.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="is no whole safetensors file"):
+        read_model_file(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.999])
+def test_a_truncated_file_is_refused(path: Path, share: float) -> None:
+    os.truncate(path, int(path.stat().st_size * share))
+    with pytest.raises(UserError, match="is no whole safetensors file"):
+        read_model_file(path)
+
+
+def test_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+
+    class Payload:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return os.system, (f"touch {marker}",)
+
+    torch.save({"model": Payload()}, tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match="is no whole safetensors file"):
+        read_model_file(tmp_path / "m.safetensors")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_other_safetensors_files_are_refused(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    save_file({"weight": torch.zeros(3)}, tmp_path / "m.safetensors", metadata)
+    with pytest.raises(UserError, match="but not a model of fcn_dist"):
+        read_model_file(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"model": {}}', "[" * 100_000])
+def test_damaged_metadata_is_refused(tmp_path: Path, text: str) -> None:
+    save_file({"weight": torch.zeros(3)}, tmp_path / "m.safetensors", {"fcn_dist": text})
+    with pytest.raises(UserError, match="metadata is damaged"):
+        read_model_file(tmp_path / "m.safetensors")
+
+
+def test_a_newer_format_says_what_to_do(path: Path) -> None:
+    rewrite(path, format_version=2)
+    with pytest.raises(UserError, match=r"has model format 2, and this fcn_dist reads format 1; convert"):
+        read_model_file(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"classes": ["sky"]},
+        {"config": {"variant": "unet"}},
+        {"config": {"depth": 3}},
+        {"config": {"width": "wide"}},
+        {"preprocessing": {"channel_order": "HSV", "mean": [0, 0, 0], "std": [1, 1, 1]}},
+        {"classes": ["x"] * 300, "colours": [[0, 0, 0]] * 300},
+    ],
+)
+def test_an_impossible_network_is_refused(path: Path, change: dict[str, Any]) -> None:
+    rewrite(path, model={**DESCRIPTION.as_dict(), **change})
+    with pytest.raises(UserError, match="describes no network"):
+        read_model_file(path)
+
+
+def test_a_giant_network_is_refused_before_it_takes_memory(path: Path) -> None:
+    giant = replace(DESCRIPTION, config=replace(DESCRIPTION.config, head_width=1_000_000_000))
+    rewrite(path, model=giant.as_dict())
+    with pytest.raises(UserError, match="not those of the network it describes"):
+        read_model_file(path)
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_named(path: Path) -> None:
+    state = load_file(path)
+    state["extra"] = state.pop("fc7.bias")
+    state["fc6.bias"] = torch.zeros(12)
+    rewrite(path, state)
+    with pytest.raises(UserError) as caught:
+        read_model_file(path)
+    for problem in ("fc7.bias is missing", "extra is not part of the network", "fc6.bias is (12,), not (11,)"):
+        assert problem in str(caught.value)
+
+
+def test_integer_weights_are_refused(path: Path) -> None:
+    rewrite(path, load_file(path) | {"fc6.bias": torch.zeros(11, dtype=torch.int64)})
+    with pytest.raises(UserError, match=r"fc6\.bias is torch\.int64"):
+        read_model_file(path)
+
+
+def test_inference_needs_neither_deepspeed_nor_webdataset_nor_the_rooms_of_training() -> None:
+    code = (
+        "import sys, fcn_dist; fcn_dist.Predictor; import fcn_dist.commands.predict, fcn_dist.deploy.modelfile;"
+        "heavy = ('deepspeed', 'webdataset', 'fcn_dist.data', 'fcn_dist.training', 'fcn_dist.scoring');"
+        "print(sorted(m for m in sys.modules if m.startswith(heavy)))"
+    )
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_conversion_needs_no_deepspeed_either() -> None:
+    code = "import sys, fcn_dist; fcn_dist.convert; print('deepspeed' in sys.modules, 'torch' in sys.modules)"
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]

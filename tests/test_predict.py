@@ -1,0 +1,268 @@
+"""Labels and scores from Python, and the files that the command writes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from tiny_models import DESCRIPTION, tiny_network
+
+from fcn_dist.commands import predict as command
+from fcn_dist.commands.entry import run_script
+from fcn_dist.deploy import imagefiles
+from fcn_dist.deploy.imagefiles import read_rgb
+from fcn_dist.deploy.modelfile import write_model_file
+from fcn_dist.deploy.predict import Predictor
+from fcn_dist.errors import UserError
+
+ORIENTATION = 0x0112  # the EXIF tag
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model file."""
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    write_model_file(path, tiny_network().state_dict(), DESCRIPTION, {"run": "test"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def predictor(model: Path) -> Predictor:
+    return Predictor.from_file(model, device="cpu")
+
+
+def pixels(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
+    """Patches of colour, so that several classes win."""
+    patches = np.random.default_rng(seed).integers(0, 256, (-(-height // 8), -(-width // 8), 3), np.uint8)
+    return patches.repeat(8, axis=0).repeat(8, axis=1)[:height, :width]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 70), (31, 1), (32, 32), (45, 83), (128, 200)])
+def test_labels_are_the_best_output_of_the_network_plus_one(predictor: Predictor, size: tuple[int, int]) -> None:
+    image = pixels(*size)
+    with torch.inference_mode():
+        wanted = tiny_network()(torch.from_numpy(image.copy()).unsqueeze(0))[0].numpy()
+    scores, labels = predictor.scores(image), predictor.predict(image)
+    assert scores.shape == (5, *size) and scores.dtype == np.float32
+    assert labels.shape == size and labels.dtype == np.uint8
+    assert np.allclose(scores, wanted, atol=1e-5 * abs(wanted).max())
+    # Where two classes are as good as equal, either is right.
+    best = np.take_along_axis(wanted, labels[None].astype(int) - 1, axis=0)[0]
+    assert labels.min() >= 1 and (best >= wanted.max(axis=0) - 1e-5).all()
+
+
+def test_labels_differ_within_an_image(predictor: Predictor) -> None:
+    assert len(np.unique(predictor.predict(pixels(128, 200)))) > 1
+
+
+def test_a_model_that_scores_label_0_predicts_it(tmp_path: Path) -> None:
+    description = replace(DESCRIPTION, score_other=True)
+    network = tiny_network(description)
+    network.get_parameter("score_fr.bias").data[0] = 100.0
+    write_model_file(tmp_path / "m.safetensors", network.state_dict(), description, {})
+    predictor = Predictor.from_file(tmp_path / "m.safetensors", "cpu")
+    assert predictor.scores(pixels(8, 8)).shape == (6, 8, 8)
+    assert (predictor.predict(pixels(8, 8)) == 0).all()
+
+
+def test_classes_and_colours_are_those_of_labels_1_to_n(predictor: Predictor) -> None:
+    assert predictor.classes == DESCRIPTION.classes
+    assert predictor.colours == DESCRIPTION.colours
+
+
+def test_views_and_read_only_arrays_are_images_too(predictor: Predictor) -> None:
+    image = pixels(40, 50)
+    wanted = predictor.predict(np.ascontiguousarray(image[::-1, ::2]))
+    frozen = image.copy()
+    frozen.flags.writeable = False
+    assert (predictor.predict(frozen[::-1, ::2]) == wanted).all()
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((1, 4, 4, 3), np.uint8),
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((0, 4, 3), np.uint8),
+        [[[1, 2, 3]]],
+    ],
+)
+@pytest.mark.parametrize("method", ["predict", "scores"])
+def test_what_is_no_rgb_image_is_refused_with_what_is_needed(predictor: Predictor, method: str, image: Any) -> None:
+    with pytest.raises(ValueError, match=r"needed: .*np\.asarray"):
+        getattr(predictor, method)(image)
+
+
+@pytest.mark.parametrize("device", ["meta", "abacus", "cuda:99", ""])
+def test_a_device_that_is_not_there_is_named(model: Path, device: str) -> None:
+    with pytest.raises(UserError, match=f"device '{device}' cannot be used"):
+        Predictor.from_file(model, device)
+
+
+@pytest.mark.gpu
+def test_a_gpu_labels_as_the_cpu_does(model: Path, predictor: Predictor) -> None:
+    image = pixels(128, 200)
+    differ = Predictor.from_file(model, "cuda").predict(image) != predictor.predict(image)
+    assert differ.mean() < 0.01
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK", "P", "1", "LA", "I;16"])
+def test_every_mode_of_picture_is_read_as_the_same_rgb(tmp_path: Path, mode: str) -> None:
+    gray = np.array([[0, 255], [0, 255]], np.uint8)
+    if mode == "I;16":
+        image = Image.fromarray(gray.astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(gray).convert("RGB").convert(mode)
+    image.save(tmp_path / "x.tif")
+    assert (read_rgb(tmp_path / "x.tif") == gray[..., None]).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_upright_by_their_exif_orientation(tmp_path: Path, orientation: int) -> None:
+    upright = pixels(16, 24)
+    # What a camera stores so that its orientation tag makes it upright again (EXIF 2.3, table 6).
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: np.rot90(upright, 2).transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "x.png", exif=exif)
+    assert (read_rgb(tmp_path / "x.png") == upright).all()
+
+
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(pixels(30, 40)).save(tmp_path / "x.png")
+    (tmp_path / "x.png").write_bytes((tmp_path / "x.png").read_bytes()[:60])  # the header is whole, no pixel is
+    monkeypatch.setattr(imagefiles, "MAX_PIXELS", 1000)
+    with pytest.raises(UserError, match="is 40x30; at most 1,000 pixels"):
+        read_rgb(tmp_path / "x.png")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder with an image, and one in a folder within, its stem with dots."""
+    folder = tmp_path / "images"
+    (folder / "sub").mkdir(parents=True)
+    Image.fromarray(pixels(40, 60)).save(folder / "one.jpg")
+    Image.fromarray(pixels(24, 30, seed=1)).convert("L").save(folder / "sub" / "two.a.b.PNG")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def run(model: Path, *arguments: str | Path) -> None:
+    command.main([str(model), *map(str, arguments), "--device", "cpu"])
+
+
+def written(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_folder_gives_three_files_an_image_at_the_same_place(
+    model: Path, predictor: Predictor, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    run(model, images, "--output", out, "--json", tmp_path / "all.json")
+    stems = ("one", "sub/two.a.b")
+    assert written(out) == sorted(f"{stem}{end}" for stem in stems for end in (".png", "_overlay.png", ".json"))
+    with Image.open(out / "one.png") as labels:
+        assert labels.mode == "L"
+        found = np.asarray(labels)
+    assert (found == predictor.predict(read_rgb(images / "one.jpg"))).all()
+    with Image.open(out / "one_overlay.png") as overlay:
+        assert overlay.mode == "RGB" and overlay.width >= 60 and overlay.height >= 40
+    figures = json.loads((out / "one.json").read_text())
+    assert (figures["width"], figures["height"], figures["model"]) == (60, 40, "tiny.safetensors")
+    first = figures["classes"][0]
+    assert first["pixels"] == (found == first["label"]).sum() == round(first["share"] * 2400)
+    assert first["name"] == DESCRIPTION.classes[first["label"] - 1]
+    assert sum(entry["pixels"] for entry in figures["classes"]) == 2400
+    summary = json.loads((tmp_path / "all.json").read_text())
+    assert [entry["image"] for entry in summary["images"]] == [
+        str(images / "one.jpg"),
+        str(images / "sub" / "two.a.b.PNG"),
+    ]
+    printed = capsys.readouterr()
+    assert "2 images labelled on cpu" in printed.out and DESCRIPTION.classes[first["label"] - 1] in printed.out
+    assert printed.err == ""
+
+
+def test_outputs_that_exist_are_refused_unless_told_to_overwrite(model: Path, images: Path, tmp_path: Path) -> None:
+    run(model, images / "one.jpg", "--output", tmp_path / "out")
+    with pytest.raises(UserError, match=r"one\.png, .*exist already"):
+        run(model, images / "one.jpg", "--output", tmp_path / "out")
+    run(model, images / "one.jpg", "--output", tmp_path / "out", "--overwrite")
+
+
+def test_outputs_within_the_folder_of_images_are_not_labelled_themselves(model: Path, images: Path) -> None:
+    run(model, images, "--output", images / "out")
+    run(model, images, "--output", images / "out", "--overwrite")
+    assert len(written(images / "out")) == 6
+
+
+def test_an_output_folder_around_the_images_hides_none(model: Path, images: Path) -> None:
+    run(model, images, "--output", images.parent)
+    assert (images.parent / "one.png").is_file()
+
+
+def test_images_of_the_same_name_are_refused_before_any_work(model: Path, images: Path, tmp_path: Path) -> None:
+    Image.fromarray(pixels(8, 8)).save(images / "sub" / "one.png")
+    with pytest.raises(UserError, match=r"images/one\.jpg and .*sub/one\.png would both be written to .*out/one\.png"):
+        run(model, images / "one.jpg", images / "sub" / "one.png", "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_named_like_the_overlay_of_another_is_refused(model: Path, images: Path, tmp_path: Path) -> None:
+    Image.fromarray(pixels(8, 8)).save(images / "one_overlay.jpg")
+    with pytest.raises(UserError, match=r"would both be written to .*one_overlay\.png"):
+        run(model, images, "--output", tmp_path / "out")
+
+
+def test_an_image_is_never_overwritten_even_if_told_to_overwrite(model: Path, images: Path) -> None:
+    before = (images / "sub" / "two.a.b.PNG").read_bytes()
+    (images / "sub" / "two.a.b.PNG").rename(images / "sub" / "two.a.b.png")
+    with pytest.raises(UserError, match="would be overwritten; choose another --output"):
+        run(model, images, "--output", images, "--overwrite")
+    assert (images / "sub" / "two.a.b.png").read_bytes() == before
+
+
+def test_an_image_that_does_not_decode_is_named_and_the_others_are_done(
+    model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (images / "one.jpg").read_bytes()
+    (images / "broken.jpg").write_bytes(whole[: len(whole) // 2])
+    (images / "text.png").write_text("no image")
+    out = tmp_path / "out"
+    code = run_script("predict", [str(model), str(images), "--output", str(out), "--device", "cpu"])
+    printed = capsys.readouterr()
+    assert code == 2
+    assert "error: 2 of 4 images were not labelled" in printed.err
+    assert "broken.jpg cannot be decoded" in printed.err and "text.png cannot be decoded" in printed.err
+    assert "2 images labelled" in printed.out
+    assert len(written(out)) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("none.jpg", "no image or folder"), ("empty", "holds no images"), ("f", "is a file")]
+)
+def test_wrong_inputs_are_refused(model: Path, images: Path, tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "f").write_text("")
+    output = tmp_path / ("f" if name == "f" else "out")
+    with pytest.raises(UserError, match=message):
+        run(model, images if name == "f" else tmp_path / name, "--output", output)

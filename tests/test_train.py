@@ -1,0 +1,227 @@
+"""Training with the real launcher, real ranks and real shards."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from launching import run_alone, run_ranks
+from safetensors.torch import load_file
+
+from fcn_dist.commands.entry import run_script
+from fcn_dist.data.packing import pack
+from fcn_dist.data.synthetic import render
+from fcn_dist.training.checkpoint import DEEPSPEED_TAG, checkpoints_dir, open_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = ROOT / "launch" / "train.py"
+EVALUATE = ROOT / "launch" / "evaluate.py"
+FP16_ANYWHERE = ROOT / "tests" / "fp16_anywhere.py"
+TIME_LIMIT = 200.0  # seconds a launch; the first one compiles DeepSpeed's CPU communication
+
+# Everything random is on: crops, mirroring, jitter, dropout. Nothing of it may depend on ranks or restarts.
+RECIPE = """
+data: {crop: [32, 40], scale: [0.5, 1.5], jitter: 0.2, workers: 1}
+model: {width: 0.0625, head_width: 24, dropout: 0.3}
+schedule: {steps: 4, learning_rate: 0.002, warmup_steps: 2, bias_multiplier: 2, head_multiplier: 3}
+train: {global_batch: 4, seed: 5}
+evaluate: {at_end: false}
+checkpoint: {every: 2}
+log: {every: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eleven training scenes, so that epochs end inside global batches, and five to validate on."""
+    folder = tmp_path_factory.mktemp("shards")
+    render(folder / "scenes", training=11, validation=5, size=(48, 64), seed=3)
+    pack(folder / "scenes", folder / "packed", samples_per_shard=4)
+    return folder / "packed"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def arguments(shards: Path, run: Path, recipe: Path, config: Path, *more: str) -> list[str]:
+    return [
+        *("--shards", str(shards), "--output", str(run), "--recipe", str(recipe)),
+        *("--deepspeed_config", str(config), *more),
+    ]
+
+
+def zero_config(stage: int, precision: str = "fp32") -> Path:
+    return ROOT / "launch" / "zero" / f"zero{stage}_{precision}.json"
+
+
+def config_with(tmp_path: Path, base: Path, **values: Any) -> Path:
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps({**json.loads(base.read_text()), **values}))
+    return path
+
+
+def weights(run: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """The float32 weights of a run's newest checkpoint, by way of the model file."""
+    path = folder / f"{run.name}.safetensors"
+    assert run_script("convert", [str(run), str(path)]) == 0
+    return load_file(path)
+
+
+def lines(run: Path, event: str) -> list[dict[str, Any]]:
+    journal = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in journal if line["event"] == event]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in lines(run, "train")]
+
+
+def test_one_process_without_a_launcher_trains_on_one_device(shards: Path, recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    output = run_alone(TRAIN, arguments(shards, run, recipe, zero_config(1)), tmp_path, TIME_LIMIT)
+    assert "1 ranks x micro-batch 4" in output
+    record = json.loads((run / "run.json").read_text())
+    assert record["global_batch"] == 4 and record["deepspeed"]["train_micro_batch_size_per_gpu"] == 4
+    assert [line["step"] for line in lines(run, "train")] == [1, 2, 3, 4]
+    # Warm-up over two steps, then poly from the peak: by hand, 0.002 * (1 - k / 2) ** 0.9.
+    rates = [line["learning_rate"] for line in lines(run, "train")]
+    assert rates == pytest.approx([0.001, 0.002, 0.002, 0.002 * 0.5**0.9])
+    checkpoint, damages = open_checkpoint(run)
+    assert checkpoint.state.step == 4 and checkpoint.state.position == 16 and not damages
+    assert not list(checkpoint.dir.rglob("*.py"))
+
+
+def test_two_ranks_train_evaluate_convert_and_predict(shards: Path, recipe: Path, tmp_path: Path) -> None:
+    run, model = tmp_path / "run", tmp_path / "model.safetensors"
+    more = ["--set", "evaluate.at_end=true", "--set", "evaluate.every=2"]
+    run_ranks(TRAIN, arguments(shards, run, recipe, zero_config(2, "bf16"), *more), 2, tmp_path, TIME_LIMIT)
+    assert [line["step"] for line in lines(run, "evaluate")] == [2, 4]
+    assert all(np.isfinite(losses(run)))
+    assert run_script("convert", [str(run), str(model)]) == 0
+    scores = tmp_path / "scores.json"
+    sheet = tmp_path / "sheet.png"
+    evaluate = ["--model", str(model), "--shards", str(shards), "--json", str(scores), "--sheet", str(sheet)]
+    assert run_script("evaluate", evaluate) == 0
+    assert json.loads(scores.read_text())["num_samples"] == 5 and sheet.stat().st_size > 0
+    images = shards.parent / "scenes" / "images" / "validation"
+    assert run_script("predict", [str(model), str(images), "--output", str(tmp_path / "out")]) == 0
+    assert len(list((tmp_path / "out").rglob("*_overlay.png"))) == 5
+
+
+@pytest.mark.slow
+def test_ranks_and_accumulation_make_the_same_update_from_the_same_global_batch(
+    shards: Path, recipe: Path, tmp_path: Path
+) -> None:
+    """Labelled pixels differ from crop to crop, so averaging the ranks' own means would be seen here."""
+    found = {}
+    for name, ranks, accumulation in (("one", 1, 1), ("two", 2, 1), ("accumulated", 2, 2), ("four", 1, 4)):
+        config = config_with(tmp_path, zero_config(1), gradient_accumulation_steps=accumulation)
+        run = tmp_path / name
+        run_ranks(TRAIN, arguments(shards, run, recipe, config), ranks, tmp_path, TIME_LIMIT)
+        found[name] = (weights(run, tmp_path), losses(run))
+    reference, reference_losses = found.pop("one")
+    assert len(set(reference_losses)) == 4
+    for name, (other, other_losses) in found.items():
+        assert other_losses == pytest.approx(reference_losses, rel=2e-5), name
+        for key, tensor in reference.items():
+            # Adam divides by the gradient's own size, so rounding of near-zero gradients is seen at the scale of
+            # the learning rate: a small share of it is allowed, a different loss would move all of it.
+            worst = float((other[key] - tensor).abs().max())
+            assert worst < 1e-4, f"{name}: {key} differs by {worst}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_resumed_run_ends_with_the_weights_and_losses_of_one_that_never_stopped(
+    stage: int, precision: str, shards: Path, recipe: Path, tmp_path: Path
+) -> None:
+    """Stopped after step 2 of 4: in the middle of an epoch, of the schedule and of Adam's bias correction."""
+    script = FP16_ANYWHERE if precision == "fp16" else TRAIN
+    base = zero_config(stage, precision)
+    # fp16's usual first scale, 65536, overflows for some steps; 1024 lets the first step count.
+    config = config_with(tmp_path, base, fp16={"enabled": True, "initial_scale_power": 10}) if script != TRAIN else base
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run_ranks(script, arguments(shards, whole, recipe, config), 2, tmp_path, TIME_LIMIT)
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(checkpoints_dir(resumed) / "step-00000004")
+    output = run_ranks(script, arguments(shards, resumed, recipe, config, "--resume"), 2, tmp_path, TIME_LIMIT)
+    assert "continuing after step 2" in output
+    assert losses(resumed) == losses(whole) and len(losses(whole)) == 4
+    scales = [[line["loss_scale"] for line in lines(run, "train")] for run in (whole, resumed)]
+    assert scales[0] == scales[1] and (scales[0][0] is not None) == (precision == "fp16")
+    for key, tensor in weights(whole, tmp_path).items():
+        assert torch.equal(weights_of(resumed, tmp_path)[key], tensor), key
+
+
+_converted: dict[Path, dict[str, torch.Tensor]] = {}
+
+
+def weights_of(run: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """`weights`, converted once."""
+    if run not in _converted:
+        _converted[run] = weights(run, folder)
+    return _converted[run]
+
+
+@pytest.mark.slow
+def test_zero_stages_make_the_same_update(shards: Path, recipe: Path, tmp_path: Path) -> None:
+    """Stage 0 in low precision too, where DeepSpeed warms Adam up with a step that must not count."""
+    for precision, tolerance in (("fp32", 1e-4), ("bf16", 2e-2)):
+        found = []
+        for stage in range(4):
+            run = tmp_path / f"{precision}{stage}"
+            run_ranks(TRAIN, arguments(shards, run, recipe, zero_config(stage, precision)), 2, tmp_path, TIME_LIMIT)
+            found.append(losses(run))
+        for other in found[1:]:
+            assert other == pytest.approx(found[0], rel=tolerance), precision
+
+
+@pytest.mark.slow
+def test_evaluation_gives_the_same_matrix_on_one_two_and_three_ranks(
+    shards: Path, recipe: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run_ranks(TRAIN, arguments(shards, run, recipe, zero_config(3)), 2, tmp_path, TIME_LIMIT)
+    matrices = []
+    for ranks in (1, 2, 3):
+        out = tmp_path / f"scores{ranks}.json"
+        evaluate = ["--run", str(run), "--shards", str(shards), "--json", str(out)]
+        run_ranks(EVALUATE, evaluate, ranks, tmp_path, TIME_LIMIT)
+        matrices.append(json.loads(out.read_text())["confusion"])
+    assert matrices[0] == matrices[1] == matrices[2]
+    assert np.sum(matrices[0]) > 5 * 30 * 40
+
+
+@pytest.mark.slow
+def test_a_rank_without_samples_does_not_hang_the_evaluation_of_a_zero_3_run(
+    shards: Path, recipe: Path, tmp_path: Path
+) -> None:
+    """Five samples on two ranks, then trained on: the third round has a sample for one rank alone."""
+    run = tmp_path / "run"
+    more = ["--set", "evaluate.every=1"]
+    run_ranks(TRAIN, arguments(shards, run, recipe, zero_config(3), *more), 2, tmp_path, TIME_LIMIT)
+    assert [line["num_samples"] for line in lines(run, "evaluate")] == [5, 5, 5]
+
+
+@pytest.mark.slow
+def test_a_run_cut_for_other_ranks_is_refused_by_name_under_the_launcher(
+    shards: Path, recipe: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run_ranks(TRAIN, arguments(shards, run, recipe, zero_config(2)), 1, tmp_path, TIME_LIMIT)
+    shutil.rmtree(checkpoints_dir(run) / "step-00000004")
+    before = (run / "metrics.jsonl").read_text()
+    resume = arguments(shards, run, recipe, zero_config(2), "--resume")
+    output = run_ranks(TRAIN, resume, 2, tmp_path, TIME_LIMIT, code=2)
+    assert "was written with ranks 1, and this run has 2" in output
+    assert "Traceback" not in output
+    assert (run / "metrics.jsonl").read_text() == before
+    assert (checkpoints_dir(run) / "step-00000002" / DEEPSPEED_TAG).is_dir()

@@ -1,0 +1,142 @@
+"""Upsampling, against torch's own interpolation and the Caffe reference's bilinear deconvolution."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from fcn_dist.model import upsampling
+from fcn_dist.model.upsampling import Tile, add_tile_gradient, argmax_upsampled, tiles, upsample, upsample_tile
+
+STRIDES = (2, 8, 16, 32)
+
+
+def coarse_scores(batch: int, outputs: int, size: tuple[int, int], stride: int, seed: int = 0) -> Tensor:
+    shape = (batch, outputs, math.ceil(size[0] / stride), math.ceil(size[1] / stride))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def interpolated(coarse: Tensor, size: tuple[int, int], stride: int) -> Tensor:
+    """The oracle: all of it, by torch, in float64."""
+    full_size = (coarse.shape[2] * stride, coarse.shape[3] * stride)
+    full = F.interpolate(coarse.double(), full_size, mode="bilinear", align_corners=False)
+    return full[..., : size[0], : size[1]]
+
+
+def caffe_bilinear_kernel(stride: int) -> Tensor:
+    """Caffe's "bilinear" filler for a kernel of 2 * stride (even), by its formula in filler.hpp."""
+    size = 2 * stride
+    f = math.ceil(size / 2)
+    c = (2 * f - 1 - f % 2) / (2 * f)
+    line = torch.tensor([1 - abs(x / f - c) for x in range(size)], dtype=torch.float64)
+    return line[:, None] * line[None, :]
+
+
+cases = st.tuples(
+    st.integers(1, 3), st.integers(1, 5), st.integers(1, 70), st.integers(1, 70), st.sampled_from(STRIDES)
+)
+
+
+@given(cases, st.integers(1, 5000))
+@settings(max_examples=80, deadline=None)
+def test_tiles_cover_every_pixel_once_with_torch_s_interpolation(case: tuple[int, ...], budget: int) -> None:
+    batch, outputs, height, width, stride = case
+    coarse = coarse_scores(batch, outputs, (height, width), stride)
+    full = interpolated(coarse, (height, width), stride)
+    covered = torch.zeros(batch, height)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(upsampling, "TILE_ELEMENTS_CPU", budget)
+        for tile in tiles(coarse, (height, width), stride):
+            scores = upsample_tile(coarse, tile, (height, width), stride)
+            torch.testing.assert_close(scores.double(), full[tile.images, :, tile.rows], atol=1e-5, rtol=1e-5)
+            covered[tile.images, tile.rows] += 1
+    assert (covered == 1).all()
+
+
+@given(cases, st.integers(1, 5000))
+@settings(max_examples=40, deadline=None)
+def test_a_tile_s_gradient_is_the_transpose_of_its_upsampling(case: tuple[int, ...], budget: int) -> None:
+    batch, outputs, height, width, stride = case
+    coarse = coarse_scores(batch, outputs, (height, width), stride).double().requires_grad_()
+    weights = torch.randn(batch, outputs, height, width, generator=torch.Generator().manual_seed(1)).double()
+    (expected,) = torch.autograd.grad((interpolated(coarse, (height, width), stride) * weights).sum(), coarse)
+    found = torch.zeros_like(expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(upsampling, "TILE_ELEMENTS_CPU", budget)
+        for tile in tiles(coarse, (height, width), stride):
+            add_tile_gradient(found, weights[tile.images, :, tile.rows], tile, (height, width), stride)
+    torch.testing.assert_close(found, expected)
+
+
+@given(cases, st.integers(1, 5000))
+@settings(max_examples=40, deadline=None)
+def test_the_winning_output_is_that_of_the_full_scores(case: tuple[int, ...], budget: int) -> None:
+    batch, outputs, height, width, stride = case
+    coarse = coarse_scores(batch, outputs, (height, width), stride)
+    full = upsample(coarse, (height, width), stride)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(upsampling, "TILE_ELEMENTS_CPU", budget)
+        labels = argmax_upsampled(coarse, (height, width), stride)
+    assert labels.dtype == torch.uint8 and labels.shape == (batch, height, width)
+    # Where two outputs are equal up to rounding, either may win.
+    best = full.max(dim=1).values
+    won = full.gather(1, labels[:, None].long())[:, 0]
+    torch.testing.assert_close(won, best, atol=1e-5, rtol=0)
+    clear = (full.topk(min(2, outputs), dim=1).values.diff(dim=1).abs() > 1e-4).all(dim=1)
+    assert (labels[clear] == full.argmax(dim=1)[clear]).all()
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize("size", [(1, 1), (5, 90), (64, 64), (37, 53)])
+def test_upsampling_gives_the_image_s_size_and_torch_s_values(stride: int, size: tuple[int, int]) -> None:
+    coarse = coarse_scores(2, 3, size, stride)
+    full = upsample(coarse, size, stride)
+    assert full.shape == (2, 3, *size)
+    torch.testing.assert_close(full.double(), interpolated(coarse, size, stride), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+def test_the_interior_is_the_reference_s_frozen_deconvolution(stride: int) -> None:
+    coarse = coarse_scores(1, 3, (6 * stride, 5 * stride), stride).double()
+    kernel = caffe_bilinear_kernel(stride).expand(3, 1, -1, -1).contiguous()
+    deconvolved = F.conv_transpose2d(coarse, kernel, stride=stride, padding=stride // 2, groups=3)
+    found = upsample(coarse, (6 * stride, 5 * stride), stride)
+    assert deconvolved.shape == found.shape
+    inside = slice(stride // 2, -(stride // 2))
+    torch.testing.assert_close(found[..., inside, inside], deconvolved[..., inside, inside], atol=1e-12, rtol=1e-12)
+    # Beyond the outermost cells' centres the deconvolution fades to zero; here the cells are repeated.
+    corner = coarse[:, :, 0, 0]
+    torch.testing.assert_close(found[:, :, 0, 0], corner)
+    assert (deconvolved[:, :, 0, 0].abs() < corner.abs()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_scores_are_upsampled_in_float32(dtype: torch.dtype) -> None:
+    coarse = coarse_scores(1, 4, (40, 40), 8).to(dtype)
+    tile = Tile(slice(0, 1), slice(0, 5), slice(0, 40), 0)
+    scores = upsample_tile(coarse, tile, (40, 40), 8)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.double(), interpolated(coarse, (40, 40), 8), atol=1e-5, rtol=1e-5)
+
+
+def test_a_tie_goes_to_the_lower_output() -> None:
+    assert (argmax_upsampled(torch.zeros(1, 7, 2, 2), (16, 16), 8) == 0).all()
+
+
+def test_a_tile_holds_no_more_than_its_budget_when_a_cell_row_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    coarse = torch.zeros(3, 10, 20, 5)
+    row = 10 * 8 * 8 * 5
+    for budget in (row, 3 * row, 7 * row + 5, 20 * row, 41 * row):
+        monkeypatch.setattr(upsampling, "TILE_ELEMENTS_CPU", budget)
+        found = list(tiles(coarse, (160, 40), 8))
+        for tile in found:
+            images, rows = tile.images.stop - tile.images.start, tile.rows.stop - tile.rows.start
+            assert images * rows * 40 * 10 <= budget
+        # And a large budget is used: no more tiles than needed for whole strips of whole images.
+        strips = -(-20 // min(20, budget // row))
+        groups = 3 if strips > 1 else -(-3 // (budget // (20 * row)))
+        assert len(found) == strips * groups
