@@ -1,5 +1,6 @@
 """A whole training run: shards, a recipe and a DeepSpeed configuration in, a run folder out."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,16 @@ from fcn_dist.model.preprocess import Preprocessing
 from fcn_dist.model.pretrained import load_weights, read_weights
 from fcn_dist.progress import TrainingProgress
 from fcn_dist.ranks import Rank
-from fcn_dist.scoring.evaluate import evaluate
 from fcn_dist.scoring.metrics import Scores
 from fcn_dist.training import checkpoint as checkpoints
-from fcn_dist.training.checkpoint import Checkpoint, CheckpointState
-from fcn_dist.training.collective import barrier, device, on_rank_zero, start_ranks
+from fcn_dist.training.checkpoint import Checkpoint
+from fcn_dist.training.collective import device, on_rank_zero, start_ranks
 from fcn_dist.training.deepspeed_config import EngineConfig, resolve
-from fcn_dist.training.engine import Engine, build_engine, read_state, write_state
+from fcn_dist.training.engine import build_engine, read_state
 from fcn_dist.training.loop import Job, train_steps
+from fcn_dist.training.periodic import Keeper, Scorer
 from fcn_dist.training.runfolder import (
+    TRAINING_SPLIT,
     Journal,
     RunRecord,
     command_line,
@@ -37,8 +39,6 @@ from fcn_dist.training.runfolder import (
     write_run_record,
 )
 from fcn_dist.training.schedule import check_warmup, parameter_groups, total_steps
-
-TRAINING_SPLIT = "training"
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ def train(config: RunConfig) -> Scores | None:
     model, description, filled = build_model(recipe, shard_set)
 
     start_ranks()
-    record = run_record(config, engine_config, description, shard_set, validation, steps)
-    found = on_rank_zero(rank, lambda: enter_run_folder(config, record))
     groups = parameter_groups(model, recipe.schedule)
     engine = build_engine(model, engine_config, groups)
+    record = run_record(config, engine_config, description, shard_set, validation, steps)
+    found = on_rank_zero(rank, lambda: enter_run_folder(config, record))
     first_step = 0
     if found:
         read_state(engine, engine_config, found)
@@ -85,7 +85,7 @@ def train(config: RunConfig) -> Scores | None:
     with TrainingProgress(steps, first_step, shown=rank.index == 0) as progress:
         progress.say(headline(record, description, filled, first_step))
         keeper = Keeper(config.output, job, record, engine, progress, journal)
-        scorer = Scorer(model, engine, validation, job, progress, journal)
+        scorer = Scorer(model, engine, validation, job, progress, journal, found.state.scores if found else None)
         if journal:
             journal.write("start", first_step, world_size=rank.world_size, command=record.command)
         train_steps(
@@ -96,7 +96,7 @@ def train(config: RunConfig) -> Scores | None:
             progress,
             journal,
             scorer,
-            lambda done: keeper.save(done, scorer.last),
+            lambda done: keeper.save(done, scorer.summary),
         )
     return scorer.last
 
@@ -195,8 +195,6 @@ def refuse_another_run(before: RunRecord, now: RunRecord, run_dir: Path) -> None
 
 
 def _json_form(values: dict[str, Any]) -> dict[str, Any]:
-    import json
-
     return dict(json.loads(json.dumps(values)))
 
 
@@ -214,69 +212,3 @@ def headline(record: RunRecord, description: ModelDescription, filled: list[str]
     if first_step:
         lines.append(f"continuing after step {first_step}")
     return "\n".join(lines)
-
-
-@dataclass
-class Scorer:
-    """Evaluates the engine's weights and remembers the last scores."""
-
-    model: FCN
-    engine: Engine
-    shard_set: ShardSet | None
-    job: Job
-    progress: TrainingProgress
-    journal: Journal | None
-    last: Scores | None = None
-
-    def __call__(self, done: int) -> None:
-        if self.shard_set is None:
-            return
-        workers = self.job.recipe.data.workers
-        self.last = evaluate(self.model, self.shard_set, forward=self.engine, rank=self.job.rank, workers=workers)
-        official = self.last.official
-        self.progress.say(
-            f"step {done}: {self.shard_set.split} pixel accuracy {100 * official.pixel_accuracy:.2f} %, mean IoU "
-            f"{100 * official.mean_iou:.2f} %"
-        )
-        if self.journal:
-            self.journal.write("evaluate", done, **self.last.summary())
-
-
-@dataclass
-class Keeper:
-    """Writes checkpoints."""
-
-    run_dir: Path
-    job: Job
-    record: RunRecord
-    engine: Engine
-    progress: TrainingProgress
-    journal: Journal | None
-
-    def save(self, done: int, scores: Scores | None) -> None:
-        """Write and commit the checkpoint of step `done`. All ranks call it."""
-        rank = self.job.rank
-        folder = on_rank_zero(rank, lambda: checkpoints.prepare(self.run_dir, done))
-        write_state(self.engine, folder, is_first_rank=rank.index == 0)
-        barrier(rank)
-        on_rank_zero(rank, lambda: self._commit(done, scores))
-
-    def _commit(self, done: int, scores: Scores | None) -> None:
-        config = self.job.config
-        state = CheckpointState(
-            step=done,
-            position=done * config.plan.global_batch,
-            world_size=config.plan.world_size,
-            zero_stage=config.zero_stage,
-            precision=config.precision,
-            model=self.record.model,
-            recipe=self.record.recipe,
-            deepspeed=self.record.deepspeed,
-            index_sha256=self.record.index_sha256[TRAINING_SPLIT],
-            scores=scores.summary() if scores else None,
-        )
-        target = checkpoints.commit(self.run_dir, state)
-        checkpoints.retain(self.run_dir, self.job.recipe.checkpoint.keep)
-        self.progress.say(f"step {done}: wrote {target}")
-        if self.journal:
-            self.journal.write("checkpoint", done, path=str(target.relative_to(self.run_dir)))

@@ -18,6 +18,7 @@ from fcn_dist.files import write_text
 
 RUN_NAME = "run.json"
 METRICS_NAME = "metrics.jsonl"
+TRAINING_SPLIT = "training"
 
 
 @dataclass(frozen=True)
