@@ -46,6 +46,7 @@ class ModelConfig:
     head_width: int | None = None  # channels of fc6 and fc7; None: 4096 times width
     dropout: float = 0.5  # after fc6 and fc7
     at_once: bool = False  # scale pool4 by 0.01 and pool3 by 0.0001, the at-once form's conditioning
+    frozen_stages: int = 0  # first stages of the backbone that keep the weights they start with
     weights: str | None = None  # VGG weights, .safetensors or .pth
     weights_convention: Literal["caffe", "torchvision"] | None = None  # None: as the file's metadata says
 
@@ -53,6 +54,7 @@ class ModelConfig:
         _check(0 < self.width <= 4, "model.width", self.width, "a factor in (0, 4]")
         _check(self.head_width is None or self.head_width >= 1, "model.head_width", self.head_width, "1 or more")
         _check(0 <= self.dropout < 1, "model.dropout", self.dropout, "a probability below 1")
+        _check(0 <= self.frozen_stages <= 5, "model.frozen_stages", self.frozen_stages, "0 to 5 stages")
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,9 @@ class ScheduleConfig:
         rate = self.learning_rate
         _check(rate is None or 0 < rate < math.inf, "schedule.learning_rate", rate, "a positive number")
         _check(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "0 or more")
+        for key in ("power", "head_multiplier", "bias_multiplier"):
+            value = getattr(self, key)
+            _check(0 <= value < math.inf, f"schedule.{key}", value, "0 or a positive number")
         _check(0 <= self.final_fraction <= 1, "schedule.final_fraction", self.final_fraction, "within [0, 1]")
 
 

@@ -50,11 +50,16 @@ def scene_sizes(count: int) -> list[tuple[int, int]]:
     return [((60, 90), (75, 52), (24, 100), (33, 21), (128, 64))[scene % 5] for scene in range(count)]
 
 
-def write_colour_scenes(root: Path, count: int, splits: tuple[str, ...] = ("training",)) -> Path:
-    """A scenes folder of `count` scenes a split, named `SPLIT_00`, `SPLIT_01` ..., every label in every scene."""
+def write_colour_scenes(
+    root: Path, count: int, splits: tuple[str, ...] = ("training",), num_classes: int = NUM_CLASSES
+) -> Path:
+    """A scenes folder of `count` scenes a split, named `SPLIT_00`, `SPLIT_01` ..., labels 0..4 in every scene.
+
+    More classes than NUM_CLASSES are listed, and occur nowhere.
+    """
     assert count <= MAX_SCENES
     rng = np.random.default_rng(7)
-    rows = "".join(f"{label}\t0.1\t10\t1\tclass {label}\n" for label in range(1, NUM_CLASSES + 1))
+    rows = "".join(f"{label}\t0.1\t10\t1\tclass {label}\n" for label in range(1, num_classes + 1))
     for split in splits:
         for kind in ("images", "annotations"):
             (root / kind / split).mkdir(parents=True)

@@ -1,6 +1,7 @@
 """Options, markers and the fixtures that several test files share."""
 
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fcn_dist.data.images import ORIENTATION_TAG
+
+# Before torch is imported: on tensors as small as the tests', its threads only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MakeScenes = Callable[..., Path]
 HEIGHT, WIDTH = 24, 32  # of the scenes that make_scenes draws by default

@@ -172,6 +172,14 @@ def test_a_scene_smaller_than_the_crop_is_shown_whole_and_the_rest_is_ignored(pa
         assert inside.sum() == min(height, CROP[0]) * min(width, CROP[1])
 
 
+def test_padding_is_no_class_even_where_all_255_are_taken(tmp_path: Path) -> None:
+    # Label 255 is then a class of its own, and only its target tells it from IGNORE_LABEL.
+    scenes = write_colour_scenes(tmp_path / "scenes", 4, num_classes=255)
+    (shard_set,) = pack(scenes, tmp_path / "shards", ["training"], workers=1)
+    for _, target in by_position(load(shard_set, score_other=False, steps=range(2))).values():
+        assert set(target.flatten().tolist()) <= {0, 1, 2, 3, IGNORE_LABEL}
+
+
 # ---- damage
 
 

@@ -50,7 +50,7 @@ def test_sixteen_bit_weights_are_read_as_float32(tmp_path: Path) -> None:
     state = {name: tensor.bfloat16() for name, tensor in tiny_network().state_dict().items()}
     write_model_file(tmp_path / "m.safetensors", state, DESCRIPTION, {})
     model, info = read_model_file(tmp_path / "m.safetensors")
-    assert info.dtype == "bfloat16"
+    assert info.dtype == "bfloat16" and model.fc6.weight.dtype == torch.float32
     assert torch.equal(model.fc6.weight, state["fc6.weight"].float())
 
 

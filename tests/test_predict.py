@@ -117,6 +117,7 @@ def test_a_gpu_labels_as_the_cpu_does(model: Path, predictor: Predictor) -> None
 def test_every_mode_of_picture_is_read_as_the_same_rgb(tmp_path: Path, mode: str) -> None:
     gray = np.array([[0, 255], [0, 255]], np.uint8)
     if mode == "I;16":
+        gray[1] = (3, 100)
         image = Image.fromarray(gray.astype(np.uint16) * 257)
     else:
         image = Image.fromarray(gray).convert("RGB").convert(mode)

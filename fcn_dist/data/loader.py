@@ -8,6 +8,7 @@ Shapes: B images of a micro-batch, H x W the crop (training) or the sample's own
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import cv2
@@ -29,13 +30,18 @@ from fcn_dist.ranks import BatchPlan, Rank
 PREFETCHED_BATCHES = 4  # a loader process, so that one slow image does not stall a step
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     """One micro-batch."""
 
     images: Tensor  # (B, H, W, 3) uint8, RGB
     targets: Tensor  # (B, H, W) uint8, IGNORE_LABEL where nothing is learned
     labelled: int  # pixels that are not ignored
     positions: range  # stream positions of the images
+
+    def pin_memory(self) -> "Batch":
+        """Its tensors in page-locked memory; torch's loader calls it where copies go to a GPU."""
+        return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory())
 
 
 class Scene(NamedTuple):

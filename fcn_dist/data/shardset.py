@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcn_dist.errors import UserError
+from fcn_dist.files import sha256
 from fcn_dist.labels import LabelRule
 
 INDEX_NAME = "index.json"
@@ -201,6 +202,8 @@ def read_members(shard: Shard) -> "NDArray[np.void]":
         members: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} cannot be read ({error}); restore it, or pack the scenes again") from error
+    if sha256(path) != shard.members_sha256:
+        raise UserError(f"{path} differs from its SHA-256 in {INDEX_NAME}; restore it, or pack the scenes again")
     key_bytes = members.dtype["key"].itemsize if "key" in (members.dtype.names or ()) else 1
     if members.dtype != member_dtype(key_bytes) or members.shape != (shard.num_samples,):
         raise UserError(

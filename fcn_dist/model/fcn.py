@@ -54,6 +54,7 @@ class FCN(nn.Module):
         self.score_pool4 = nn.Conv2d(channels[3], num_outputs, 1) if self.stride <= 16 else None
         self.score_pool3 = nn.Conv2d(channels[2], num_outputs, 1) if self.stride <= 8 else None
         self.reset_parameters()
+        self.freeze(config.frozen_stages)
 
     def reset_parameters(self) -> None:
         """He's normal initialisation; score layers start at zero, as in the reference."""
@@ -64,6 +65,12 @@ class FCN(nn.Module):
         for score in (self.score_fr, self.score_pool4, self.score_pool3):
             if score is not None:
                 nn.init.zeros_(score.weight)
+
+    def freeze(self, stages: int) -> None:
+        """Leave the first `stages` stages of the trunk out of training; no gradient is computed for them."""
+        ends = [i for i, layer in enumerate(self.features, start=1) if isinstance(layer, nn.MaxPool2d)]
+        for layer in list(self.features)[: ends[stages - 1] if stages else 0]:
+            layer.requires_grad_(False)
 
     def forward(self, images_BHW3: Tensor, coarse: bool = False, dropout_keys: Sequence[int] | None = None) -> Tensor:
         """Scores (B, C, H, W) of RGB images in 0-255 (uint8 or floating), or (B, C, h, w) if `coarse`.

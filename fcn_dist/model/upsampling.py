@@ -32,7 +32,7 @@ def tiles(coarse_BChw: Tensor, size: tuple[int, int], stride: int) -> Iterator[T
     budget = TILE_ELEMENTS_GPU if coarse_BChw.is_cuda else TILE_ELEMENTS_CPU
     row_elements = outputs * stride * stride * w
     strip = min(h, max(1, budget // row_elements))
-    group = max(1, budget // (row_elements * strip)) if strip == h else 1
+    group = max(1, budget // (row_elements * strip))  # 1 unless whole images fit
     for image in range(0, batch, group):
         for top in range(0, h, strip):
             bottom = min(top + strip, h)
