@@ -26,8 +26,8 @@ touch "$marker"
 step() {
     echo
     echo "\$ $*"
-    # DeepSpeed's launcher says at length what it starts; that is kept in a file.
-    "$@" 2> >(tee -a "$folder/launcher.log" | grep -v -E '\[(INFO|WARNING)\]' >&2)
+    # DeepSpeed says at length what it starts; that is kept in a file.
+    "$@" 2>&1 | tee -a "$folder/output.log" | sed -u -E '/\[(INFO|WARNING)\] \[|built successfully$/d'
 }
 
 step python "$here/../shards/synthesize.py" "$folder/scenes"

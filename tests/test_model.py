@@ -197,6 +197,18 @@ def test_gradients_reach_every_parameter() -> None:
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
+@pytest.mark.parametrize(("stages", "first_trained"), [(0, 0), (1, 5), (2, 10), (5, 31)])
+def test_frozen_stages_get_no_gradient_and_the_others_do(stages: int, first_trained: int) -> None:
+    """VGG16's stages begin at layers 0, 5, 10, 17 and 24 of torchvision's numbering, and end with 30."""
+    torch.manual_seed(0)
+    model = FCN(3, ModelConfig(width=0.0625, head_width=8, dropout=0, frozen_stages=stages))
+    torch.nn.init.ones_(model.score_fr.weight)
+    model(torch.randint(0, 256, (1, 40, 40, 3), dtype=torch.uint8)).sum().backward()
+    trained = {int(name.split(".")[1]) for name, p in model.features.named_parameters("features") if p.grad is not None}
+    convolutions = {i for i, layer in enumerate(model.features) if isinstance(layer, torch.nn.Conv2d)}
+    assert trained == {layer for layer in convolutions if layer >= first_trained}
+
+
 @pytest.mark.parametrize("score_other", [False, True])
 def test_a_description_builds_the_network_again_from_its_json_form(score_other: bool) -> None:
     config = ModelConfig(variant="fcn16s", width=0.05, head_width=8, at_once=True)

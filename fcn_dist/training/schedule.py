@@ -45,7 +45,7 @@ def learning_rate(config: ScheduleConfig, peak: float, step: int, steps: int) ->
 
 
 def parameter_groups(model: FCN, config: ScheduleConfig) -> list[ParameterGroup]:
-    """Trunk and head, weights and biases: four groups, in an order that checkpoints rely on."""
+    """Trunk and head, weights and biases: up to four groups, in an order that checkpoints rely on."""
     groups = []
     for part, is_head in (("trunk", False), ("head", True)):
         for kind, is_bias in (("weights", False), ("biases", True)):
@@ -56,6 +56,8 @@ def parameter_groups(model: FCN, config: ScheduleConfig) -> list[ParameterGroup]
                 and name.startswith(model.new_layers) == is_head
                 and (parameter.ndim == 1) == is_bias
             )
+            if not parameters:  # DeepSpeed would drop the group, and those after it would move up
+                continue
             multiplier = (config.head_multiplier if is_head else 1.0) * (config.bias_multiplier if is_bias else 1.0)
             groups.append(ParameterGroup(f"{part}_{kind}", parameters, multiplier, not is_bias or config.decay_biases))
     return groups
