@@ -27,18 +27,18 @@ stamp=$root/.venv/fcn-dist-installed
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing into $root/.venv (once; some minutes)"
     [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv"
-    pip="$root/.venv/bin/python -m pip --disable-pip-version-check"
+    pip="$root/.venv/bin/python -m pip --disable-pip-version-check --quiet --quiet"
     torch=$(sed -n 's/^ *\(torch==.*\)$/\1/p' "$root/setup.cfg")
-    $pip install --quiet --upgrade pip setuptools wheel ninja
+    $pip install --upgrade pip setuptools wheel ninja
     # Torch first, and the build that fits the machine: uv finds the CUDA build for its driver, or the CPU build where
     # there is no GPU. Where uv cannot reach torch's own index, pip's answer works too, if larger.
     if ! "$root/.venv/bin/python" -c 'import torch' 2>/dev/null; then
-        { $pip install --quiet uv &&
+        { $pip install uv &&
             "$root/.venv/bin/uv" pip install --quiet --python "$root/.venv/bin/python" --torch-backend=auto "$torch" \
-                2>/dev/null; } || $pip install --quiet "$torch"
+                2>/dev/null; } || $pip install "$torch"
     fi
     # DeepSpeed's build looks for torch, so it must not be built in isolation from it.
-    $pip install --quiet --no-build-isolation --editable "$root${extras:+[$extras]}"
+    $pip install --no-build-isolation --editable "$root${extras:+[$extras]}"
     echo "$wanted" >"$stamp"
 fi
 # shellcheck disable=SC1091

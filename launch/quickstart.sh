@@ -12,7 +12,7 @@ if [ -e "$folder" ] && [ ! -e "$marker" ]; then
     exit 2
 fi
 # shellcheck disable=SC1091
-. "$here/environment.sh"
+. "$here/environment.sh" # sets root
 SECONDS=0
 
 ranks=$(python -c 'import torch; print(torch.cuda.device_count() or 2)')
@@ -25,22 +25,22 @@ touch "$marker"
 
 step() {
     echo
-    echo "\$ $*"
+    echo "\$ ${*//$root\//}"
     # DeepSpeed says at length what it starts; that is kept in a file.
     "$@" 2>&1 | tee -a "$folder/output.log" | sed -u -E '/\[(INFO|WARNING)\] \[|built successfully$/d'
 }
 
-step python "$here/../shards/synthesize.py" "$folder/scenes"
-step python "$here/../shards/create.py" "$folder/scenes" "$folder/shards"
-step python "$here/../shards/verify.py" "$folder/shards" --deep
+step python "$root/shards/synthesize.py" "$folder/scenes"
+step python "$root/shards/create.py" "$folder/scenes" "$folder/shards"
+step python "$root/shards/verify.py" "$folder/shards" --deep
 # shellcheck disable=SC2086
-step $start "$here/train.py" --shards "$folder/shards" --output "$folder/run" --recipe "$here/recipes/quickstart.yaml" \
-    --deepspeed_config "$here/zero/zero2_fp32.json" --set "train.global_batch=$batch"
-step python "$here/convert.py" "$folder/run" "$folder/model.safetensors"
+step $start "$root/launch/train.py" --shards "$folder/shards" --output "$folder/run" --recipe "$root/launch/recipes/quickstart.yaml" \
+    --deepspeed_config "$root/launch/zero/zero2_fp32.json" --set "train.global_batch=$batch"
+step python "$root/launch/convert.py" "$folder/run" "$folder/model.safetensors"
 # shellcheck disable=SC2086
-step $start "$here/evaluate.py" --model "$folder/model.safetensors" --shards "$folder/shards" \
+step $start "$root/launch/evaluate.py" --model "$folder/model.safetensors" --shards "$folder/shards" \
     --json "$folder/scores.json" --sheet "$folder/sheet.png"
-step python "$here/predict.py" "$folder/model.safetensors" "$folder/scenes/images/validation" \
+step python "$root/launch/predict.py" "$folder/model.safetensors" "$folder/scenes/images/validation" \
     --output "$folder/predictions"
 
 echo
