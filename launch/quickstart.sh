@@ -34,7 +34,8 @@ step python "$root/shards/synthesize.py" "$folder/scenes"
 step python "$root/shards/create.py" "$folder/scenes" "$folder/shards"
 step python "$root/shards/verify.py" "$folder/shards" --deep
 # shellcheck disable=SC2086
-step $start "$root/launch/train.py" --shards "$folder/shards" --output "$folder/run" --recipe "$root/launch/recipes/quickstart.yaml" \
+step $start "$root/launch/train.py" --shards "$folder/shards" --output "$folder/run" \
+    --recipe "$root/launch/recipes/quickstart.yaml" \
     --deepspeed_config "$root/launch/zero/zero2_fp32.json" --set "train.global_batch=$batch"
 step python "$root/launch/convert.py" "$folder/run" "$folder/model.safetensors"
 # shellcheck disable=SC2086

@@ -71,7 +71,7 @@ def weights(run: Path, folder: Path) -> dict[str, torch.Tensor]:
     """The float32 weights of a run's newest checkpoint, by way of the model file."""
     path = folder / f"{run.name}.safetensors"
     assert run_script("convert", [str(run), str(path)]) == 0
-    return load_file(path)
+    return dict(load_file(path))
 
 
 def lines(run: Path, event: str) -> list[dict[str, Any]]:
