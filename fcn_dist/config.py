@@ -4,6 +4,7 @@ The recipe owns data, model, schedule and cadences. Batch cutting, precision, Ze
 belong to the DeepSpeed configuration (see training/deepspeed_config.py).
 """
 
+import copy
 import difflib
 import math
 from collections.abc import Sequence
@@ -164,32 +165,25 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
     """
     import yaml
 
-    tree: dict[str, Any] = {}
-    if path is not None:
-        try:
-            tree = yaml.safe_load(path.read_text()) or {}
-        except OSError as error:
-            raise UserError(f"recipe {path} cannot be read ({error.strerror}); give --recipe a YAML file") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"recipe {path} is not YAML: {error}") from error
-        _refuse_unknown(tree, Recipe, "", str(path))
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise UserError(f"--set {override} has no '='; KEY=VALUE is needed, such as --set checkpoint.every=500")
-        try:
-            _set(tree, key.strip().split("."), yaml.safe_load(text))
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {override}: the value is not YAML: {error}") from error
-        _refuse_unknown(tree, Recipe, "", f"--set {override}")
-    return recipe_from_dict(tree, str(path) if path else "the recipe")
+    if path is None:
+        return recipe_from_dict({}, "the recipe", overrides)
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise UserError(f"recipe {path} cannot be read ({error.strerror}); give --recipe a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} is not YAML: {error}") from error
+    return recipe_from_dict(tree, str(path), overrides)
 
 
-def recipe_from_dict(tree: dict[str, Any], where: str) -> Recipe:
-    """Build and check a recipe; `where` names its origin in errors."""
+def recipe_from_dict(tree: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Build and check a recipe; `where` names its origin in errors, the rest as `load_recipe`."""
     from jsonargparse import ArgumentParser
 
     _refuse_unknown(tree, Recipe, "", where)
+    tree = copy.deepcopy(tree)
+    for override in overrides:
+        _override(tree, override)
     schedule = tree.get("schedule", {})
     if schedule.get("epochs") is None and schedule.get("steps") is None:
         tree = {**tree, "schedule": {**schedule, "steps": 1000}}
@@ -205,6 +199,19 @@ def recipe_from_dict(tree: dict[str, Any], where: str) -> Recipe:
             raise error.__cause__ from None
         raise UserError(f"{where}: {' '.join(str(error).split())}") from error
     return Recipe(**{f.name: values[f.name] for f in fields(Recipe)})
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    import yaml
+
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"--set {override} has no '='; KEY=VALUE is needed, such as --set checkpoint.every=500")
+    try:
+        _set(tree, key.strip().split("."), yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is not YAML: {error}") from error
+    _refuse_unknown(tree, Recipe, "", f"--set {override}")
 
 
 def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
@@ -232,4 +239,4 @@ def _refuse_unknown(tree: Any, section: Any, prefix: str, where: str) -> None:
 
 def _check(holds: bool, key: str, found: Any, needed: str) -> None:
     if not holds:
-        raise UserError(f"{key} is {found}; {needed} is needed; change it in the recipe or with --set")
+        raise UserError(f"{key} is {found}; needed: {needed}; change it in the recipe or with --set")

@@ -57,6 +57,18 @@ def test_ordinary_files_are_packed_byte_for_byte(make_scenes: MakeScenes, out: P
         assert shard_set.created_by["conversions"] == {}
 
 
+def test_scenes_far_larger_and_smaller_than_a_crop_are_packed_as_they_are(make_scenes: MakeScenes, out: Path) -> None:
+    """The benchmark has squares up to 2100 pixels, and 817 training images with a short side under 224."""
+    large = make_scenes(n=1, size=(2100, 2100), splits=("training",), name="large")
+    small = make_scenes(n=1, size=(7, 300), splits=("training",), name="small")
+    for scenes, size in ((large, (2100, 2100)), (small, (7, 300))):
+        (shard_set,) = pack(scenes, out / scenes.name, ("training",), workers=1)
+        _, member = shard_set.locate(0)
+        assert (member["height"], member["width"]) == size
+        assert pixels(shard_set.read(0).mask).shape == size
+        assert sum(shard_set.class_pixels) == size[0] * size[1]
+
+
 def test_the_plain_webdataset_reader_and_tar_read_every_sample(make_scenes: MakeScenes, out: Path) -> None:
     import webdataset  # slow to import
 

@@ -164,6 +164,21 @@ def test_a_resumed_run_ends_with_the_weights_and_losses_of_one_that_never_stoppe
 
 
 @pytest.mark.slow
+def test_a_finished_run_is_trained_on_with_more_steps_and_nothing_else_repeated(
+    shards: Path, recipe: Path, tmp_path: Path
+) -> None:
+    """Without a recipe, a resumed run keeps its own: the default crop would be another."""
+    run = tmp_path / "run"
+    run_alone(TRAIN, arguments(shards, run, recipe, zero_config(1)), tmp_path, TIME_LIMIT)
+    resume = ["--shards", str(shards), "--output", str(run), "--resume"]
+    output = run_alone(TRAIN, resume, tmp_path, TIME_LIMIT, code=2)
+    assert "trained to step 4 already" in output
+    run_alone(TRAIN, [*resume, "--steps", "6"], tmp_path, TIME_LIMIT)
+    assert [line["step"] for line in lines(run, "train")] == [1, 2, 3, 4, 5, 6]
+    assert open_checkpoint(run)[0].state.recipe["data"]["crop"] == [32, 40]
+
+
+@pytest.mark.slow
 def test_zero_stages_make_the_same_update(shards: Path, recipe: Path, tmp_path: Path) -> None:
     """Stage 0 in low precision too, where DeepSpeed warms Adam up with a step that must not count."""
     for precision, tolerance in (("fp32", 1e-4), ("bf16", 2e-2)):

@@ -28,7 +28,8 @@ def run_script(name: str, argv: Sequence[str] | None = None) -> int:
 
 def main() -> int:
     """The console script."""
-    arguments = sys.argv[1:]
+    # The deepspeed launcher puts its own argument first; ranks are read from the environment.
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: fcn-dist COMMAND ...\n\ncommands:")
         for name, summary in COMMANDS.items():

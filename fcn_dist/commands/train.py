@@ -17,7 +17,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--recipe", type=Path, help="YAML, such as launch/recipes/sceneparsing.yaml")
     parser.add_argument("--deepspeed_config", type=Path, help="JSON, such as launch/zero/zero2_bf16.json")
     parser.add_argument("--steps", type=int, help="steps of the whole run, in place of the recipe's steps or epochs")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --output from its last checkpoint")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --output, as it began unless told")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a recipe value"
     )
@@ -34,6 +34,6 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     overrides = list(options.overrides)
     if options.steps is not None:
         overrides += [f"schedule.steps={options.steps}", "schedule.epochs=null"]
-    if options.resume and options.recipe is None and not overrides:
-        return recipe_from_dict(read_run_record(options.output).recipe, f"{options.output}/run.json")
+    if options.resume and options.recipe is None:
+        return recipe_from_dict(read_run_record(options.output).recipe, f"{options.output}/run.json", overrides)
     return load_recipe(options.recipe, overrides)
