@@ -148,7 +148,7 @@ def test_a_recipe_counts_in_steps_or_in_epochs_and_never_both() -> None:
     assert load_recipe(None, ["schedule.steps=5"]).schedule == ScheduleConfig(steps=5)
     # Other keys of the section do not take its default length away.
     assert load_recipe(None, ["schedule.kind=constant"]).schedule == ScheduleConfig(steps=1000, kind="constant")
-    with pytest.raises(UserError, match=r"schedule\.steps and schedule\.epochs is \(5, 2\.0\); exactly one"):
+    with pytest.raises(UserError, match=r"schedule\.steps and schedule\.epochs is \(5, 2\.0\); needed: exactly one"):
         load_recipe(None, ["schedule.steps=5", "schedule.epochs=2"])
     with pytest.raises(UserError, match="exactly one of the two"):
         ScheduleConfig()
