@@ -22,8 +22,8 @@ if ! command -v c++ >/dev/null && ! command -v g++ >/dev/null; then
     exit 2
 fi
 
-wanted="$(cksum <"$root/setup.cfg") extras=$extras python=$("$python" -V 2>&1)"
-stamp=$root/.venv/fcn-dist-installed
+wanted="$(cksum <"$root/setup.cfg") $("$python" -V 2>&1)"
+stamp=$root/.venv/installed-${extras:-base}
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing into $root/.venv (once; some minutes)"
     [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv"
@@ -39,7 +39,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     fi
     # DeepSpeed's build looks for torch, so it must not be built in isolation from it.
     $pip install --no-build-isolation --editable "$root${extras:+[$extras]}"
-    echo "$wanted" >"$stamp"
+    echo "$wanted" | tee "$stamp" >"$root/.venv/installed-base"
 fi
 # shellcheck disable=SC1091
 . "$root/.venv/bin/activate"
