@@ -121,6 +121,7 @@ def test_a_folder_without_an_index_says_which_splits_there_are(packed: Path, tmp
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(b"garbage"),
         lambda path: path.write_bytes(path.read_bytes()[:-10]),
+        lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])),
         lambda path: np.save(path, np.zeros(2, member_dtype(8))[:1]),
         lambda path: np.save(path, np.zeros(2)),
         lambda path: np.save(path, np.array([{"key": 1}] * 2), allow_pickle=True),

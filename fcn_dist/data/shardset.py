@@ -196,14 +196,22 @@ def members_path(shard_path: Path) -> Path:
 
 @lru_cache(maxsize=1024)
 def read_members(shard: Shard) -> "NDArray[np.void]":
-    """The records of a shard's samples (see `member_dtype`); UserError if they cannot be read."""
+    """The records of a shard's samples (see `member_dtype`); UserError unless they are those that were packed."""
+    members = load_members(shard)
+    if sha256(shard.members_path) != shard.members_sha256:
+        raise UserError(
+            f"{shard.members_path} differs from its SHA-256 in {INDEX_NAME}; restore it, or pack the scenes again"
+        )
+    return members
+
+
+def load_members(shard: Shard) -> "NDArray[np.void]":
+    """The records as they are, changed or not; UserError if they have not the form of records."""
     path = shard.members_path
     try:
         members: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} cannot be read ({error}); restore it, or pack the scenes again") from error
-    if sha256(path) != shard.members_sha256:
-        raise UserError(f"{path} differs from its SHA-256 in {INDEX_NAME}; restore it, or pack the scenes again")
     key_bytes = members.dtype["key"].itemsize if "key" in (members.dtype.names or ()) else 1
     if members.dtype != member_dtype(key_bytes) or members.shape != (shard.num_samples,):
         raise UserError(

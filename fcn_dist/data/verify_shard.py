@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fcn_dist.data.images import FileProblem, read_image
 from fcn_dist.data.masks import read_mask
 from fcn_dist.data.pixel_counts import PixelCounts
-from fcn_dist.data.shardset import Sample, Shard, read_members
+from fcn_dist.data.shardset import Sample, Shard, load_members
 from fcn_dist.data.tarshard import IMAGE_SUFFIX, MASK_SUFFIX, count_sample
 from fcn_dist.errors import UserError
 from fcn_dist.files import sha256
@@ -61,7 +61,7 @@ def verify_shard(check: ShardCheck) -> ShardFindings:
     problems += _file_problems(shard.members_path, shard.members_sha256)
     records: NDArray[np.void] | None = None
     try:
-        records = read_members(shard)
+        records = load_members(shard)
     except UserError as error:
         if shard.members_path.is_file():
             problems.append(Problem(shard.members_path.name, "", str(error)))
