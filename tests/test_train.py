@@ -181,7 +181,7 @@ def test_a_finished_run_is_trained_on_with_more_steps_and_nothing_else_repeated(
 @pytest.mark.slow
 def test_zero_stages_make_the_same_update(shards: Path, recipe: Path, tmp_path: Path) -> None:
     """Stage 0 in low precision too, where DeepSpeed warms Adam up with a step that must not count."""
-    for precision, tolerance in (("fp32", 1e-4), ("bf16", 2e-2)):
+    for precision, tolerance in (("fp32", 1e-4), ("bf16", 2e-3)):
         found = []
         for stage in range(4):
             run = tmp_path / f"{precision}{stage}"

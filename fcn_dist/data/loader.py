@@ -118,6 +118,8 @@ def _run(pipeline: Any, workers: int, pin_memory: bool) -> Iterator[Any]:
         pin_memory=pin_memory,
         prefetch_factor=PREFETCHED_BATCHES if workers else None,
         worker_init_fn=_start_worker,
+        # The stages are closures, and the shard set is open already: both are inherited, not sent.
+        multiprocessing_context="fork" if workers else None,
     )
     for item in loader:
         if isinstance(item, UserError):
