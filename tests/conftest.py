@@ -8,10 +8,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from hypothesis import settings
 from numpy.typing import NDArray
 from PIL import Image
 
 from fcn_dist.data.images import ORIENTATION_TAG
+
+# No timing is asserted, and a failure on one machine is the same on another.
+settings.register_profile("steady", deadline=None, derandomize=True)
+settings.load_profile("steady")
 
 # Before torch is imported: on tensors as small as the tests', its threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -59,7 +59,7 @@ problems = st.builds(
 
 
 @given(problems, st.sampled_from([1, 1000, 50_000, 1 << 20]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_loss_and_gradient_are_torch_s_of_full_scores(case: tuple[Tensor, Tensor], budget: int) -> None:
     coarse, targets = case
     with pytest.MonkeyPatch.context() as patch:

@@ -30,7 +30,7 @@ def epoch_of(stream: SampleStream, epoch: int) -> list[int]:
 
 
 @given(sizes, seeds, epochs)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_epoch_holds_every_sample_once(size: int, seed: int, epoch: int) -> None:
     assert sorted(epoch_of(stream_of(size, seed), epoch)) == list(range(size))
 
@@ -42,7 +42,7 @@ def test_sizes_around_powers_of_two_are_permuted_too(size: int) -> None:
 
 
 @given(st.integers(20, 2000), seeds, epochs)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_two_epochs_and_no_two_seeds_share_an_order(size: int, seed: int, epoch: int) -> None:
     one = epoch_of(stream_of(size, seed), epoch)
     assert one != epoch_of(stream_of(size, seed), epoch + 1)
@@ -51,7 +51,7 @@ def test_no_two_epochs_and_no_two_seeds_share_an_order(size: int, seed: int, epo
 
 
 @given(sizes, seeds, st.integers(1, 6), st.integers(1, 5), st.integers(1, 4), st.integers(0, 500))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_step_trains_the_same_samples_on_any_ranks(
     size: int, seed: int, ranks: int, accumulation: int, micro_batch: int, step: int
 ) -> None:
@@ -67,7 +67,7 @@ def test_a_step_trains_the_same_samples_on_any_ranks(
 
 
 @given(st.integers(1, 60), seeds, st.integers(1, 25))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_global_batches_that_cross_epochs_still_train_each_sample_once_an_epoch(
     size: int, seed: int, total: int
 ) -> None:
@@ -78,7 +78,7 @@ def test_global_batches_that_cross_epochs_still_train_each_sample_once_an_epoch(
 
 
 @given(st.integers(50, 2000), seeds, st.integers(0, 5000), st.integers(0, 300))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_stream_read_from_any_position_goes_on_as_if_read_from_the_start(
     size: int, seed: int, start: int, length: int
 ) -> None:

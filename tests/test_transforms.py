@@ -88,7 +88,7 @@ configs = st.builds(
 
 
 @given(st.integers(1, 150), st.integers(1, 150), configs, st.integers(0, 10**6))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_scene_fits_any_crop_and_padding_is_never_a_label(
     height: int, width: int, config: DataConfig, position: int
 ) -> None:

@@ -42,7 +42,7 @@ cases = st.tuples(
 
 
 @given(cases, st.integers(1, 5000))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_tiles_cover_every_pixel_once_with_torch_s_interpolation(case: tuple[int, ...], budget: int) -> None:
     batch, outputs, height, width, stride = case
     coarse = coarse_scores(batch, outputs, (height, width), stride)
@@ -58,7 +58,7 @@ def test_tiles_cover_every_pixel_once_with_torch_s_interpolation(case: tuple[int
 
 
 @given(cases, st.integers(1, 5000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_tile_s_gradient_is_the_transpose_of_its_upsampling(case: tuple[int, ...], budget: int) -> None:
     batch, outputs, height, width, stride = case
     coarse = coarse_scores(batch, outputs, (height, width), stride).double().requires_grad_()
@@ -73,7 +73,7 @@ def test_a_tile_s_gradient_is_the_transpose_of_its_upsampling(case: tuple[int, .
 
 
 @given(cases, st.integers(1, 5000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_winning_output_is_that_of_the_full_scores(case: tuple[int, ...], budget: int) -> None:
     batch, outputs, height, width, stride = case
     coarse = coarse_scores(batch, outputs, (height, width), stride)
