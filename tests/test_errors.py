@@ -59,12 +59,12 @@ def model_file(path: Path, classes: int) -> Path:
 
 def test_a_scenes_folder_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
     message = refused("create", tmp_path / "nowhere", tmp_path / "out")
-    assert str(tmp_path / "nowhere") in message and not (tmp_path / "out").exists()
+    assert f"{tmp_path / 'nowhere'} is no folder" in message and not (tmp_path / "out").exists()
 
 
 def test_an_empty_scenes_folder(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert str(tmp_path / "empty") in refused("create", tmp_path / "empty", tmp_path / "out")
+    assert f"{tmp_path / 'empty'} is empty" in refused("create", tmp_path / "empty", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
