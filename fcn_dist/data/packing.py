@@ -75,9 +75,9 @@ def pack(
     if max_pixels < 1:
         raise UserError(f"--max-pixels is {max_pixels}; at least 1 is needed")
     if not scenes_dir.is_dir() or not any(scenes_dir.iterdir()):
-        found = "is empty" if scenes_dir.is_dir() else "is no folder"
+        state = "is empty" if scenes_dir.is_dir() else "is no folder"
         raise UserError(
-            f"{scenes_dir} {found}; a folder with images/SPLIT, annotations/SPLIT and objectInfo150.txt is needed; "
+            f"{scenes_dir} {state}; a folder with images/SPLIT, annotations/SPLIT and objectInfo150.txt is needed; "
             "check the path"
         )
     classes = read_classes(scenes_dir)
