@@ -14,8 +14,8 @@ EXIT_USER_ERROR = 2
 # this many seconds is the only one that met its error, and must tell it itself.
 SILENT_RANK_GRACE = 5.0
 
-console = Console(highlight=False, soft_wrap=True)  # standard output: results
-status_console = Console(stderr=True, highlight=False)  # standard error: progress
+console = Console(highlight=False, soft_wrap=True, markup=False)  # standard output: results
+status_console = Console(stderr=True, highlight=False, markup=False)  # standard error: progress
 
 
 def run_command(command: Callable[[], None]) -> int:

@@ -13,7 +13,7 @@ class TrainingProgress:
 
     def __init__(self, steps: int, first_step: int, shown: bool) -> None:
         self._shown = shown
-        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
+        self._console = Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
         self._steps = steps
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),

@@ -79,9 +79,6 @@ def _print_summary(shard_sets: list[ShardSet], seconds: float) -> None:
     console.print(table)
     for shard_set in shard_sets:
         for kind, conversion in shard_set.created_by["conversions"].items():
-            # Keys hold whatever a file name holds: no markup is read out of them.
-            console.print(
-                f"{shard_set.split}: {conversion['count']} x {kind}: {named(conversion['keys'])}", markup=False
-            )
+            console.print(f"{shard_set.split}: {conversion['count']} x {kind}: {named(conversion['keys'])}")
     samples = sum(map(len, shard_sets))
     console.print(f"{samples:,} samples in {seconds:.1f} s, {samples / seconds:,.0f} images/s")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -22,6 +23,7 @@ from fcn_dist.files import write_text
 
 SHEET_COLUMNS, BOX_WIDTH, BOX_HEIGHT, GAP, CAPTION_SIZE = 3, 240, 180, 12, 13
 BAR_WIDTH = 24
+styled = Console(highlight=False, soft_wrap=True)  # reads markup: names that go to it are escaped
 
 
 def main(argv: list[str]) -> None:
@@ -39,7 +41,7 @@ def main(argv: list[str]) -> None:
         write_text(arguments.json, json.dumps(facts, indent=1) + "\n")
     if arguments.sheet:
         _write_sheet(arguments.sheet, shard_sets, arguments.samples)
-        console.print(f"sheet: {arguments.sheet}", markup=False)
+        console.print(f"sheet: {arguments.sheet}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,9 +71,9 @@ def _print(description: Description, top: int) -> None:
         facts.add_row("converted", escape(f"{conversion['count']} x {kind}: {named(conversion['keys'])}"))
     if not d.created_by["conversions"]:
         facts.add_row("converted", "none")
-    console.rule(f"[bold]{escape(d.split)}[/]", align="left")
-    console.print(facts)
-    console.print(_class_table(d, top))
+    styled.rule(f"[bold]{escape(d.split)}[/]", align="left")
+    styled.print(facts)
+    styled.print(_class_table(d, top))
 
 
 def _class_table(description: Description, top: int) -> Table:

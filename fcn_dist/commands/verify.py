@@ -32,10 +32,7 @@ def main(argv: list[str]) -> None:
     )
     splits = ", ".join(report.split for report in reports)
     depth = "hashed, walked and decoded" if arguments.deep else "hashed and walked"
-    console.print(
-        f"all good: {samples:,} samples in {shards:,} shards ({size / 1e6:,.1f} MB; {splits}) {depth}",
-        markup=False,
-    )
+    console.print(f"all good: {samples:,} samples in {shards:,} shards ({size / 1e6:,.1f} MB; {splits}) {depth}")
 
 
 def _parser() -> argparse.ArgumentParser:
