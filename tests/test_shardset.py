@@ -88,7 +88,7 @@ def _rewrite(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], Non
         (lambda path: path.write_text("{"), "is not JSON"),
         (lambda path: path.write_bytes(b"\xff\xfe"), "is not JSON"),
         (lambda path: path.write_text("[]"), "__kind__ None"),
-        (_rewrite(lambda i: i.update(format_version=2)), "format_version 2"),
+        (_rewrite(lambda i: i.update(format_version=1)), "format_version 1"),
         (_rewrite(lambda i: i.pop("classes")), "'classes'"),
         (_rewrite(lambda i: i.update(num_samples=6)), "num_samples 6"),
         (_rewrite(lambda i: i["shardlist"][0].update(url="../validation/validation-000000.tar")), "not the name"),

@@ -142,6 +142,7 @@ def _write_split(
         for _, more in results:
             counts.add(more)
         index = _index(split, [shard for shard, _ in results], counts, classes, colours)
+        index["max_pixels"] = rules.max_pixels
         index["created_by"] = {
             "fcn_dist": fcn_dist.__version__,
             "options": vars(options),
@@ -214,6 +215,7 @@ def _index(
                 "nsamples": shard.num_samples,
                 "filesize": shard.size,
                 "sha256": shard.sha256,
+                "members_filesize": shard.members_size,
                 "members_sha256": shard.members_sha256,
             }
             for shard in shards

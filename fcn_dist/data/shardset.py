@@ -20,7 +20,7 @@ from fcn_dist.labels import LabelRule
 
 INDEX_NAME = "index.json"
 INDEX_KIND = "wids-shard-index-v1"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class DamagedSample(UserError):
@@ -43,6 +43,7 @@ class Shard:
     num_samples: int
     size: int
     sha256: str
+    members_size: int  # bytes of the file beside it with one record a sample
     members_sha256: str
 
     @property
@@ -64,6 +65,7 @@ class ShardSet:
     class_images: tuple[int, ...]  # images in which labels 0..N occur
     channel_mean: tuple[float, float, float]  # RGB, 0-255, over all pixels of the set
     channel_std: tuple[float, float, float]
+    max_pixels: int  # no image has more
     created_by: dict[str, Any]
 
     @classmethod
@@ -90,6 +92,7 @@ class ShardSet:
                 int(entry["nsamples"]),
                 int(entry["filesize"]),
                 entry["sha256"],
+                int(entry["members_filesize"]),
                 entry["members_sha256"],
             )
             for entry in index["shardlist"]
@@ -104,6 +107,7 @@ class ShardSet:
             tuple(int(n) for n in index["class_images"]),
             _triple(index["channel_mean"]),
             _triple(index["channel_std"]),
+            int(index["max_pixels"]),
             dict(index["created_by"]),
         )
         shard_set._check(index["num_samples"])

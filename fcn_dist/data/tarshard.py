@@ -49,8 +49,8 @@ def write_shard(job: ShardJob) -> tuple[Shard, PixelCounts]:
     with replacing(members_path(job.path)) as partial:
         with partial.open("wb") as file:
             np.save(file, np.array(records, member_dtype(key_bytes)), allow_pickle=False)
-        members_digest = sha256(partial)
-    return Shard(job.path, len(records), num_bytes, digest, members_digest), counts
+        members = partial.stat().st_size, sha256(partial)
+    return Shard(job.path, len(records), num_bytes, digest, *members), counts
 
 
 def _add(tar: tarfile.TarFile, file: BinaryIO, name: str, payload: bytes) -> tuple[int, int, int]:
