@@ -27,6 +27,12 @@ class DataConfig:
     jitter: float = 0.0  # brightness, contrast and saturation are scaled by up to 1 +- this
     score_other: bool = False  # label 0 as an ordinary class, as the TensorFlow FCN had it
     workers: int = 2  # loader processes a rank; 0 loads in the training process
+    window: int | None = None  # shards that are shuffled together, over all lanes; None: the whole set
+    lanes: int = 1  # runs of shards read side by side; with as many as nodes, each node reads its own
+    max_bad_samples: int = 0  # damaged samples that may be replaced by others before the run ends
+    cache_dir: str | None = None  # of remote shards, on each node; None: see data/cache.py
+    cache_limit: str = "100GB"  # of all remote shards kept in it
+    read_ahead: int = 4  # remote shards each loader process fetches before they are needed
 
     def __post_init__(self) -> None:
         _check(min(self.crop) >= 1, "data.crop", self.crop, "two sizes of at least 1 pixel")
@@ -35,6 +41,10 @@ class DataConfig:
         _check(0 <= self.flip <= 1, "data.flip", self.flip, "a probability")
         _check(0 <= self.jitter < 1, "data.jitter", self.jitter, "a number in [0, 1)")
         _check(self.workers >= 0, "data.workers", self.workers, "0 or more processes")
+        _check(self.window is None or self.window >= 1, "data.window", self.window, "1 or more shards, or null")
+        _check(self.lanes >= 1, "data.lanes", self.lanes, "1 or more")
+        _check(self.max_bad_samples >= 0, "data.max_bad_samples", self.max_bad_samples, "0 or more samples")
+        _check(self.read_ahead >= 0, "data.read_ahead", self.read_ahead, "0 or more shards")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ class Purpose(IntEnum):
     PHOTOMETRIC = 3
     DROPOUT = 4
     WEIGHTS = 5
+    BLOCKS = 6
+    REPLACEMENT = 7
 
 
 def mix64(value: int) -> int:

@@ -44,23 +44,33 @@ def cores_of(rank: Rank) -> int:
 class BatchPlan:
     """How one global batch is cut: world_size ranks x accumulation x micro_batch samples.
 
-    Step k trains positions [k * global_batch, (k + 1) * global_batch); rank r owns a contiguous run of them, and
-    that run is cut into `accumulation` micro-batches in order.
+    Step k trains positions [k * global_batch, (k + 1) * global_batch). Sorted by lane (position mod `lanes`), rank r
+    owns a contiguous run of them, and that run is cut into `accumulation` micro-batches in order. So neighbouring
+    ranks, which a launcher puts on one node, read neighbouring lanes: with the ranks of a node comes its share of the
+    lanes, whatever the number of either.
     """
 
     global_batch: int
     micro_batch: int
     accumulation: int
     world_size: int
+    lanes: int = 1
 
     def __post_init__(self) -> None:
         assert self.micro_batch * self.accumulation * self.world_size == self.global_batch
+        if self.global_batch % self.lanes:
+            raise UserError(
+                f"data.lanes {self.lanes} does not divide the global batch {self.global_batch}, so that lanes would "
+                "run dry at different times; choose a global batch that is a multiple of it, or other lanes"
+            )
 
-    def positions(self, rank: int, micro_step: int) -> range:
+    def positions(self, rank: int, micro_step: int) -> tuple[int, ...]:
         """Stream positions of the micro-batch that `rank` trains as its `micro_step`-th since step 0."""
         step, part = divmod(micro_step, self.accumulation)
-        start = step * self.global_batch + (rank * self.accumulation + part) * self.micro_batch
-        return range(start, start + self.micro_batch)
+        first = (rank * self.accumulation + part) * self.micro_batch
+        of_a_lane = self.global_batch // self.lanes
+        places = (divmod(place, of_a_lane) for place in range(first, first + self.micro_batch))
+        return tuple(step * self.global_batch + row * self.lanes + lane for lane, row in places)
 
 
 def plan_batches(

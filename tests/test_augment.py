@@ -20,7 +20,7 @@ def batch_at(positions: range, seed: int = 0) -> Batch:
         random = torch.Generator().manual_seed(1000 * seed + position)
         rows.append(torch.randint(0, 256, (6, 9, 3), generator=random, dtype=torch.uint8))
     images = torch.stack(rows)
-    return Batch(images, images[..., 0] // 2, 54 * len(rows), positions)
+    return Batch(images, images[..., 0] // 2, 54 * len(rows), tuple(positions))
 
 
 def augmented(positions: range, seed: int = 3, **options: float) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ class Batch:
     images: Tensor  # (B, H, W, 3) uint8, RGB
     targets: Tensor  # (B, H, W) uint8, IGNORE_LABEL where nothing is learned
     labelled: int  # pixels that are not ignored
-    positions: range  # stream positions of the images
+    positions: tuple[int, ...]  # stream positions of the images
 
     def pin_memory(self) -> "Batch":
         """Its tensors in page-locked memory; torch's loader calls it where copies go to a GPU."""
@@ -69,13 +69,13 @@ def build_loader(
     table = np.frombuffer(shard_set.label_rule(config.score_other).target_table, np.uint8)
     fill = np.rint(shard_set.channel_mean).astype(np.uint8)
 
-    def micro_batches() -> Iterator[range]:
+    def micro_batches() -> Iterator[tuple[int, ...]]:
         worker, workers = _worker()
         first, last = steps.start * plan.accumulation, steps.stop * plan.accumulation
         for micro_step in range(first + worker, last, workers):
             yield plan.positions(rank, micro_step)
 
-    def load(batches: Iterable[range]) -> Iterator[Batch]:
+    def load(batches: Iterable[tuple[int, ...]]) -> Iterator[Batch]:
         for positions in batches:
             images = np.empty((len(positions), *config.crop, 3), np.uint8)
             masks = np.full((len(positions), *config.crop), IGNORE_LABEL, np.uint8)

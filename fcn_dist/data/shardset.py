@@ -130,6 +130,11 @@ class ShardSet:
     def _starts(self) -> NDArray[np.int64]:
         return np.cumsum([0] + [shard.num_samples for shard in self.shards], dtype=np.int64)
 
+    @property
+    def samples_per_shard(self) -> int:
+        """Samples of the largest shard; most have as many."""
+        return max(shard.num_samples for shard in self.shards)
+
     def label_rule(self, score_other: bool = False) -> LabelRule:
         """How this set's labels become network outputs."""
         return LabelRule(len(self.classes), score_other)

@@ -6,7 +6,7 @@ any other "auto" leaves DeepSpeed its default. What both state differently is an
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,8 @@ def _plan(values: dict[str, Any], recipe: Recipe, world_size: int) -> BatchPlan:
             f"train_batch_size is {total} in the DeepSpeed configuration, and train.global_batch {stated} in the "
             'recipe; one value is needed; set one of them to "auto" or null'
         )
-    return plan_batches(total or stated, micro_batch, accumulation, world_size)
+    plan = plan_batches(total or stated, micro_batch, accumulation, world_size)
+    return replace(plan, lanes=recipe.data.lanes)
 
 
 def _learning_rate(values: dict[str, Any], recipe: Recipe) -> float:

@@ -76,7 +76,7 @@ def train(config: RunConfig) -> Scores | None:
         read_state(engine, engine_config, found)
         first_step = found.state.step
 
-    stream = SampleStream(shard_set, recipe.train.seed)
+    stream = SampleStream(shard_set, recipe.train.seed, window=recipe.data.window, lanes=recipe.data.lanes)
     job = Job(recipe, engine_config, groups, stream, model.stride, rank, device(rank), steps)
     pin = job.device.type == "cuda"
     todo = range(first_step, steps)
