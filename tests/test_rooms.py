@@ -31,7 +31,7 @@ def room(rooms: str, packages: str) -> Room:
 
 ROOMS = {
     FLOOR: room("", "numpy"),
-    "data": room("", "webdataset numpy cv2 PIL scipy"),
+    "data": room("", "webdataset numpy cv2 PIL scipy fsspec aiohttp"),
     "model": room("", "torch safetensors numpy"),
     "scoring": room("data model", "torch numpy"),
     "training": room("data model scoring", "deepspeed torch safetensors numpy tensorboard"),
@@ -40,7 +40,7 @@ ROOMS = {
     "commands": room("data model scoring training deploy reporting", "torch numpy cv2 PIL"),
 }
 # What single modules may import beyond their room's list, and those that may import less.
-ALSO = {"fcn_dist.data.loader": {"torch"}, "fcn_dist.deploy.convert": {"deepspeed"}}
+ALSO = {"fcn_dist.data.loader": {"torch"}, "fcn_dist.data.handoff": {"torch"}, "fcn_dist.deploy.convert": {"deepspeed"}}
 ONLY = {
     "fcn_dist.deploy.predict": room("model", "torch numpy safetensors cv2 PIL"),
     "fcn_dist.deploy.modelfile": room("model", "torch numpy safetensors"),

@@ -1,0 +1,152 @@
+"""Remote files: a URL in, bytes out; which URLs are allowed, and the retries.
+
+Everything goes through fsspec. Credentials, endpoints and proxies are taken from where fsspec and the clients look for
+them themselves (`~/.config/fsspec`, FSSPEC_S3_..., AWS_ENDPOINT_URL, AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS);
+nothing is passed on here.
+"""
+
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from urllib.parse import urlsplit, urlunsplit
+
+from fcn_dist.data.transfer import blocks, opened, status_of
+from fcn_dist.errors import UserError
+
+COMMAND_SCHEMES = {"pipe", "cmd", "command", "shell", "exec", "sh", "bash"}
+# What fsspec knows besides stores: this machine's own files, and wrappers around another file system.
+LOCAL_SCHEMES = {"file", "local", "memory", "data", "asynclocal", "git", "pyscript"}
+WRAPPERS = {"async_wrapper", "asyncwrapper", "blockcache", "cached", "dask", "dir", "filecache", "generic"}
+WRAPPERS |= {"libarchive", "reference", "simplecache", "tar", "zip"}
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
+ALLOWED = "https://, s3://, gs:// or another store that fsspec knows"
+
+
+@dataclass(frozen=True)
+class Retries:
+    """How often and after which waits a read that brings nothing is tried again; waits double, with jitter."""
+
+    tries: int = 8  # in a row without a new byte
+    first: float = 0.5  # seconds
+    longest: float = 30.0
+    sleep: Callable[[float], object] = time.sleep
+
+    def wait(self, failures: int) -> None:
+        """Sleep after the `failures`-th failure in a row."""
+        # Not the shared generator: processes that were forked together would all come back together.
+        jitter = random.SystemRandom().uniform(0.5, 1)
+        self.sleep(min(self.longest, self.first * 2.0 ** (failures - 1)) * jitter)
+
+
+def is_url(text: str) -> bool:
+    """Whether `text` begins with a scheme, allowed or not; a relative path with a colon needs `./` before it."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+._-]*:", text) is not None
+
+
+def check_url(url: str) -> None:
+    """Raise UserError unless `url` names a file in a store that can be read here.
+
+    What would run a command, what wraps or chains file systems, and what fsspec does not know is refused. A client
+    that is not installed is named with the extra that brings it.
+    """
+    import fsspec
+
+    scheme = url.partition(":")[0]
+    if scheme.lower() in COMMAND_SCHEMES:
+        raise UserError(f"{shown_url(url)} would run a command, and is refused; {ALLOWED} is needed")
+    if "::" in url or scheme in LOCAL_SCHEMES | WRAPPERS:
+        raise UserError(
+            f"{shown_url(url)} is no plain address in a store; {ALLOWED} is needed; give files of this machine by path"
+        )
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ImportError as error:
+        extra = EXTRAS.get(scheme)
+        change = f"pip install 'fcn-dist[{extra}]'" if extra else str(error)
+        raise UserError(f"{shown_url(url)} cannot be read: a client for {scheme}:// is needed; {change}") from error
+    except ValueError:
+        known = False
+    else:
+        known = re.match(r"[^:]*://.", url) is not None
+    if not known:
+        raise UserError(f"{shown_url(url)} is no address that fsspec knows; {ALLOWED} is needed")
+
+
+def shown_url(url: str) -> str:
+    """`url` as messages show it: without user, password and query, which may be secrets."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return url.partition(":")[0] + ":..."
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def read_url(url: str, limit: int, retries: Retries = Retries()) -> bytes:
+    """A small file whole.
+
+    Raises UserError if it cannot be read, or has more than `limit` bytes.
+    """
+    data = b"".join(read_blocks(url, limit + 1, retries))
+    if len(data) > limit:
+        raise UserError(
+            f"{shown_url(url)} has more than {limit} bytes, which is more than such a file may have; check the address"
+        )
+    return data
+
+
+def read_blocks(url: str, size: int, retries: Retries = Retries()) -> Iterator[bytes]:
+    """The first `size` bytes of a file in order, in blocks; fewer bytes if the file ends before.
+
+    After each failure comes an empty block, so that the caller can show that it is still alive. Raises UserError
+    after `retries.tries` failures in a row, and at once if the store says that it will not give the file.
+    """
+    check_url(url)
+    offset = failures = 0
+    while offset < size:
+        try:
+            with opened(url) as (fs, path):
+                for block in blocks(fs, path, offset, size):
+                    yield block
+                    offset += len(block)
+                    failures = 0
+            return
+        except Exception as error:
+            failures += 1
+            _judge(url, error, failures, retries)
+        yield b""
+        retries.wait(failures)
+
+
+def _judge(url: str, error: Exception, failures: int, retries: Retries) -> None:
+    """Raise UserError unless it is worth trying again."""
+    if _is_final(error):
+        raise UserError(
+            f"{shown_url(url)} cannot be read ({_reason(error, url)}); check the address and the credentials for it"
+        ) from error
+    if failures >= retries.tries:
+        raise UserError(
+            f"{shown_url(url)} could not be read in {failures} tries ({_reason(error, url)}); check the store and the "
+            "network, then start again"
+        ) from error
+
+
+def _reason(error: Exception, url: str) -> str:
+    # What clients say of a status holds the address with all that shown_url leaves out.
+    status = status_of(error)
+    if status is not None:
+        return f"HTTP status {status}"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    return str(error).replace(url, shown_url(url)) or type(error).__name__
+
+
+def _is_final(error: Exception) -> bool:
+    status = status_of(error)
+    if status is not None:
+        return 400 <= status < 500 and status not in (408, 425, 429)
+    # ValueError: a malformed address, or a certificate that does not hold. botocore's errors are told by name, for it
+    # is not always installed.
+    kinds = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError, TypeError)
+    return isinstance(error, kinds) or type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError")
