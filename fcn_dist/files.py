@@ -2,27 +2,34 @@
 
 import hashlib
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to disk and rename it, else remove it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def replacing(path: Path, flush: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it, else remove it.
+
+    Without `flush` a power failure can leave the old file, or one that is empty or cut; a killed process cannot.
+    """
+    # Processes on several machines can have one number, and write to one folder.
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         yield partial
-        sync(partial)
+        if flush:
+            sync(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    sync(path.parent)
+    if flush:
+        sync(path.parent)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` so that a reader finds the old file or the new one, never a part."""
-    with replacing(path) as partial:
+def write_text(path: Path, text: str, flush: bool = True) -> None:
+    """Write `text` so that a reader finds the old file or the new one, never a part; `flush` as `replacing`."""
+    with replacing(path, flush) as partial:
         partial.write_text(text)
 
 

@@ -93,6 +93,11 @@ def pixels(data: bytes | Path) -> NDArray[np.uint8]:
     return np.asarray(Image.open(data if isinstance(data, Path) else io.BytesIO(data)))
 
 
+def tree_bytes(folder: Path) -> dict[str, bytes]:
+    """Every file under `folder` with its contents."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
 def smooth(height: int = HEIGHT, width: int = WIDTH) -> NDArray[np.uint8]:
     """RGB that no turn or flip leaves as it is."""
     y, x = np.mgrid[:height, :width]

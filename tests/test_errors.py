@@ -78,7 +78,7 @@ def test_an_image_that_does_not_decode_is_named_at_packing(refused: Refused, sce
     image = scenes / "images" / "training" / "training_0001.jpg"
     image.write_bytes(b"no image")
     assert "training_0001.jpg" in refused("create", scenes, tmp_path / "out")
-    assert not list((tmp_path / "out").rglob("*.tar"))
+    assert not [*(tmp_path / "out").rglob("training-*"), *(tmp_path / "out").rglob("index.json")]
 
 
 def test_a_folder_that_is_no_shard_set(refused: Refused, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_classes_of_other_names_or_number_are_refused_naming_the_first(shard_set
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 5, COUNT + 3])
 def test_every_rank_has_as_many_rounds_and_every_scene_is_in_one(shard_set: ShardSet, world_size: int) -> None:
-    ranks = [list(rounds(shard_set, Rank(index, world_size), 0)) for index in range(world_size)]
+    ranks = [list(rounds(shard_set, Rank(index, world_size), 0, [])) for index in range(world_size)]
     assert len({len(share) for share in ranks}) == 1
     keys = [scene.key for share in ranks for scene in share if scene]
     assert sorted(keys) == [f"validation_{number:02d}" for number in range(COUNT)]

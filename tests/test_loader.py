@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from colour_scenes import Pixels, away_from_edges, labels_of, scene_of, scene_sizes, write_colour_scenes
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fcn_dist.config import DataConfig
 from fcn_dist.data.loader import Batch, build_loader, build_scene_loader
@@ -55,20 +57,24 @@ def load(
     steps: range = STEPS,
     score_other: bool = True,
     scale: tuple[float, float] = (0.6, 1.6),
+    window: int | None = None,
+    lanes: int = 1,
 ) -> list[list[Batch]]:
     """Every rank's batches."""
-    plan = BatchPlan(GLOBAL_BATCH, GLOBAL_BATCH // world_size // accumulation, accumulation, world_size)
+    plan = BatchPlan(GLOBAL_BATCH, GLOBAL_BATCH // world_size // accumulation, accumulation, world_size, lanes)
     config = DataConfig(crop=CROP, scale=scale, score_other=score_other, workers=workers)
-    stream = SampleStream(shard_set, SEED)
+    stream = SampleStream(shard_set, SEED, window=window, lanes=lanes)
     return [list(build_loader(shard_set, stream, plan, config, rank, steps)) for rank in range(world_size)]
 
 
-def by_position(ranks: list[list[Batch]]) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+def by_position(ranks: list[list[Batch]], steps: range | None = None) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Images and targets of all positions, or of those of `steps`."""
     found = {}
     for batch in (batch for batches in ranks for batch in batches):
         for row, position in enumerate(batch.positions):
             assert position not in found
-            found[position] = (batch.images[row], batch.targets[row])
+            if steps is None or position // GLOBAL_BATCH in steps:
+                found[position] = (batch.images[row], batch.targets[row])
     return found
 
 
@@ -115,6 +121,23 @@ def test_a_position_is_the_same_bytes_on_any_ranks_workers_cuts_and_shards(
         starts = [batch.positions[0] for batch in batches]
         assert starts == sorted(starts)
         assert all((start % GLOBAL_BATCH) // (GLOBAL_BATCH // world_size) == rank for start in starts)
+
+
+@given(
+    st.sampled_from([1, 4, 100]),
+    st.sampled_from([(None, 1), (1, 1), (2, 1), (3, 2), (None, 2), (6, 6), (None, 3)]),
+    st.sampled_from([(r, a) for r in (1, 2, 3, 6) for a in (1, 2, 3, 6) if GLOBAL_BATCH % (r * a) == 0]),
+    st.integers(0, 5),
+)
+@settings(max_examples=40)
+def test_any_cut_of_any_window_and_lanes_gives_the_same_bytes_from_any_step(
+    packed: Packed, samples_per_shard: int, locality: tuple[int | None, int], cut: tuple[int, int], first: int
+) -> None:
+    (window, lanes), (world_size, accumulation) = locality, cut
+    steps = range(first, first + 2)
+    shard_set = packed.sets[samples_per_shard]
+    found = by_position(load(shard_set, world_size, accumulation, steps=steps, window=window, lanes=lanes))
+    assert_same(found, by_position(load(shard_set, steps=range(7), window=window, lanes=lanes), steps))
 
 
 @pytest.mark.parametrize("workers", [0, 3])

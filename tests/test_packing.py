@@ -1,6 +1,5 @@
 """Scenes to shards: what is kept byte for byte, what is converted, and what any reader gets."""
 
-import errno
 import json
 import os
 import subprocess
@@ -10,14 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import HEIGHT, WIDTH, MakeScenes, pixels, save_oriented, smooth
+from conftest import HEIGHT, WIDTH, MakeScenes, pixels, save_oriented, smooth, tree_bytes
 
-import fcn_dist.files
 from fcn_dist.data import packing
 from fcn_dist.data.packing import pack
-from fcn_dist.data.pairs import PairRules
 from fcn_dist.data.pixel_counts import PixelCounts
-from fcn_dist.data.scenes import CheckedPair, Pair, Problem, check_pairs
+from fcn_dist.data.scenes import Pair, Problem, find_pairs
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.errors import UserError
 
@@ -37,10 +34,6 @@ def run(script: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
 def by_key(shard_set: ShardSet) -> dict[str, tuple[bytes, bytes]]:
     samples = [shard_set.read(i) for i in range(len(shard_set))]
     return {sample.key: (sample.image, sample.mask) for sample in samples}
-
-
-def tree_bytes(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 # --- what is packed as it is ---------------------------------------------------------------------------------
@@ -121,11 +114,11 @@ def test_the_same_scenes_give_the_same_bytes_with_any_number_of_workers(
 ) -> None:
     scenes = make_scenes(n=11)
     save_oriented(scenes / "images/training/training_0003.jpg", smooth(WIDTH, HEIGHT), 6)
-    for name, workers in (("one", 1), ("again", 1), ("three", 3)):
+    for name, workers in (("one", 1), ("two", 2), ("five", 5)):
         pack(scenes, tmp_path / name, workers=workers, samples_per_shard=3)
     one = tree_bytes(tmp_path / "one")
     assert len(one) == 2 * (4 * 2 + 1)
-    assert one == tree_bytes(tmp_path / "again") == tree_bytes(tmp_path / "three")
+    assert one == tree_bytes(tmp_path / "two") == tree_bytes(tmp_path / "five")
     assert str(tmp_path).encode() not in b"".join(one.values())
 
 
@@ -161,8 +154,14 @@ def test_large_images_are_counted_exactly() -> None:
     counts = PixelCounts.zero(1)
     big = np.zeros((4201, 4100), np.uint8)  # an odd count above 2**24 is no float32
     big[:, 0] = 1
-    counts.add_pair(np.zeros((1, 1, 3), np.uint8), big)
+    image = np.empty((4201, 4100, 3), np.uint8)
+    image[:] = 255, 254, 1
+    image[5, 7] = 0, 1, 2
+    counts.add_pair(image, big)
     assert counts.class_pixels.tolist() == [4201 * 4099, 4201]
+    rest = 4201 * 4100 - 1
+    assert counts.channel_sums.tolist() == [255 * rest, 254 * rest + 1, rest + 2]
+    assert counts.channel_squares.tolist() == [255**2 * rest, 254**2 * rest + 1, rest + 4]
 
 
 def test_what_is_there_is_not_replaced_unless_told(make_scenes: MakeScenes, out: Path) -> None:
@@ -192,33 +191,52 @@ def test_leftovers_of_a_killed_run_are_replaced_and_foreign_files_kept(make_scen
     assert (folder / "other-000000.tar").exists()
 
 
-def test_a_full_disk_names_the_space_needed_and_leaves_no_shards(
-    make_scenes: MakeScenes, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(path: Path) -> None:
-        if path.name.startswith(".training-000001.tar"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(fcn_dist.files, "sync", full)
-    with pytest.raises(UserError, match=r"is full: about \d+ MB are needed, \d+ MB were free"):
-        pack(make_scenes(n=4), out, workers=1, samples_per_shard=2)
-    assert not list((out / "training").iterdir())
-
-
-def test_a_file_that_changes_after_its_check_is_noticed(
+def test_a_file_that_changes_while_the_set_is_packed_is_noticed(
     make_scenes: MakeScenes, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scenes = make_scenes(n=3)
 
-    def check_then_change(pairs: list[Pair], rules: PairRules, workers: int) -> tuple[list[CheckedPair], list[Problem]]:
-        result = check_pairs(pairs, rules, workers)
-        (scenes / "images/training/training_0001.jpg").write_bytes(b"changed")
-        return result
+    def list_then_change(scenes_dir: Path, split: str) -> tuple[list[Pair], list[Problem]]:
+        found = find_pairs(scenes_dir, split)
+        with (scenes / "images/training/training_0001.jpg").open("ab") as file:
+            file.write(b"more")
+        return found
 
-    monkeypatch.setattr(packing, "check_pairs", check_then_change)
-    with pytest.raises(UserError, match=r"training_0001\.jpg has changed since it was checked"):
-        pack(scenes, out, workers=1)
-    assert not list((out / "training").iterdir())
+    monkeypatch.setattr(packing, "find_pairs", list_then_change)
+    with pytest.raises(UserError, match=r"training_0001\.jpg: changed file"):
+        pack(scenes, out, ("training",), workers=1)
+    assert not out.exists()
+
+
+def test_all_problems_come_out_and_sound_shards_are_kept(make_scenes: MakeScenes, out: Path) -> None:
+    scenes = make_scenes(n=6, splits=("training",))
+    for number in (2, 3, 4):
+        path = scenes / f"images/training/training_000{number}.jpg"
+        path.write_bytes(path.read_bytes()[:99])
+    with pytest.raises(UserError) as caught:
+        pack(scenes, out, ("training",), workers=2, samples_per_shard=2, keep_order=True)
+    for words in (
+        "1 of 3 shards are finished and kept",
+        "3 problems",
+        "training_0002",
+        "training_0003",
+        "training_0004",
+    ):
+        assert words in str(caught.value)
+    assert sorted(p.name for p in (out / "training").glob("training*")) == [
+        "training-000000.members.npy",
+        "training-000000.tar",
+    ]
+
+
+def test_a_refusal_leaves_no_folder_that_was_not_there(make_scenes: MakeScenes, tmp_path: Path) -> None:
+    """Folders that packing has made go with it, those that were there stay."""
+    scenes = make_scenes(n=1, splits=("training",))
+    (scenes / "images/training/training_0000.jpg").write_bytes(b"no image")
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UserError, match="0 of 1 shards"):
+        pack(scenes, tmp_path / "a" / "b" / "c", ("training",), workers=1)
+    assert not list((tmp_path / "a").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -227,6 +245,10 @@ def test_a_file_that_changes_after_its_check_is_noticed(
         ({"samples_per_shard": 0}, "--samples-per-shard is 0"),
         ({"short_side": 0}, "--short-side is 0"),
         ({"quality": 101}, "--quality is 101"),
+        ({"shard_size": 0}, "--shard-size is 0"),
+        ({"shard_size": 1, "samples_per_shard": 1}, "--samples-per-shard is 1 and --shard-size 1; one of them"),
+        ({"part": (0, 2)}, "--part is 0/2"),
+        ({"part": (3, 2)}, "--part is 3/2"),
         ({"workers": 0}, "--workers is 0"),
         ({"max_pixels": 0}, "--max-pixels is 0"),
         ({"splits": ()}, "the splits are none"),

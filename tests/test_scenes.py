@@ -23,12 +23,20 @@ IMAGE, MASK = "images/training/training_0001.jpg", "annotations/training/trainin
 
 
 def refusal(scenes: Path, **options: object) -> str:
-    """The message with which packing refuses `scenes`; asserts that it wrote nothing."""
-    out = scenes.parent / "out"
+    """The message with which packing refuses `scenes`; asserts that it wrote neither a set nor a shard with damage.
+
+    All damage that these tests do is in the training split, which is one shard.
+    """
+    out = scenes.parent / f"out-{scenes.name}"
     with pytest.raises(UserError) as caught:
         pack(scenes, out, workers=1, **options)  # type: ignore[arg-type]
-    assert not out.exists()
-    return str(caught.value)
+    message = str(caught.value)
+    assert not [*out.rglob("index.json"), *out.rglob("*.partial"), *out.rglob("training-*")]
+    if "1 of 2 shards are finished and kept" in message:
+        assert len([*out.rglob("validation-000000.*")]) == 3, "tar, member records, receipt"
+    else:
+        assert not out.exists()
+    return message
 
 
 def save_png(path: Path, array: NDArray[np.uint8], mode: str | None = None) -> None:
@@ -39,7 +47,7 @@ def save_png(path: Path, array: NDArray[np.uint8], mode: str | None = None) -> N
 def test_pairs_are_found_by_their_stems_in_the_order_of_their_names(make_scenes: MakeScenes) -> None:
     pairs, problems = find_pairs(make_scenes(n=3), "training")
     assert [pair.key for pair in pairs] == ["training_0000", "training_0001", "training_0002"]
-    assert all(pair.image_path.stem == pair.mask_path.stem == pair.key for pair in pairs)
+    assert all(pair.image.path.stem == pair.mask.path.stem == pair.key for pair in pairs)
     assert not problems
 
 

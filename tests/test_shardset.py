@@ -58,7 +58,7 @@ def test_one_flipped_bit_is_named_with_shard_and_key(packed: Path, part: str) ->
     data[int(record[f"{part}_offset"]) + int(record[f"{part}_size"]) // 2] ^= 1
     shard.path.write_bytes(bytes(data))
     shard_set.read(2)
-    with pytest.raises(DamagedSample, match=rf"training-000001\.tar: the {part} of sample 'training_0003'"):
+    with pytest.raises(DamagedSample, match=rf"training-000001\.tar: sample 'training_0003': its {part} does not"):
         shard_set.read(3)
 
 

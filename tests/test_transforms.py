@@ -1,6 +1,10 @@
 """Decoding, windows and resizing: image and mask stay together, and draws are keyed by (seed, position)."""
 
 import dataclasses
+import struct
+import zlib
+from io import BytesIO
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -9,10 +13,12 @@ from colour_scenes import away_from_edges, labels_of, render
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from PIL import Image
 
 from fcn_dist.config import DataConfig
-from fcn_dist.data.shardset import DamagedSample, Sample
-from fcn_dist.data.transforms import CropWindow, crop_into, decode, draw_window, generator
+from fcn_dist.data.headers import jpeg_size, png_size
+from fcn_dist.data.shard import DamagedSample, Sample
+from fcn_dist.data.transforms import CropWindow, check_size, crop_into, decode, draw_window, generator
 from fcn_dist.keys import Purpose, key64
 from fcn_dist.labels import IGNORE_LABEL
 
@@ -23,9 +29,17 @@ def encode(suffix: str, array: Pixels) -> bytes:
     return bytes(cv2.imencode(suffix, array)[1])
 
 
+def shrunk(image: Pixels, reduction: int) -> Pixels:
+    """Means of squares of `reduction` pixels: what a decoder that shrinks comes close to."""
+    rows, columns = (-(-length // reduction) for length in image.shape[:2])
+    padding = [(0, rows * reduction - image.shape[0]), (0, columns * reduction - image.shape[1]), (0, 0)]
+    squares = np.pad(image, padding, mode="edge").reshape(rows, reduction, columns, reduction, 3)
+    return np.rint(squares.mean((1, 3))).astype(np.uint8)
+
+
 def place(window: CropWindow, image: Pixels, mask: Pixels, crop: tuple[int, int]) -> tuple[Pixels, Pixels]:
     image_out, mask_out = np.full((*crop, 3), 77, np.uint8), np.full(crop, IGNORE_LABEL, np.uint8)
-    crop_into(window, image, mask, image_out, mask_out)
+    crop_into(window, shrunk(image, window.reduction), mask, image_out, mask_out)
     return image_out, mask_out
 
 
@@ -75,7 +89,7 @@ def test_an_orientation_tag_does_not_turn_the_image_under_its_mask() -> None:
     ],
 )
 def test_a_pair_that_does_not_decode_to_one_size_is_refused_naming_its_key(image: bytes, mask: bytes) -> None:
-    with pytest.raises(DamagedSample, match=r"sample 'street\.7' decodes to"):
+    with pytest.raises(DamagedSample, match=r"sample 'street\.7': it decodes to"):
         decode(Sample("street.7", image, mask))
 
 
@@ -124,19 +138,22 @@ def test_a_scene_at_factor_one_is_cut_out_pixel_by_pixel() -> None:
     for position in range(30):
         window = draw_window(generator(1, position, Purpose.CROP), 40, 50, config)
         image_out, mask_out = place(window, image, mask, config.crop)
+        assert window.reduction == 1
         assert (image_out == image[window.source]).all()
         assert (mask_out == mask[window.source]).all()
 
 
-@pytest.mark.parametrize("scale", [(0.4, 0.6), (0.9, 1.1), (1.7, 2.5)])
+@pytest.mark.parametrize("scale", [(0.1, 0.13), (0.26, 0.4), (0.4, 0.6), (0.9, 1.1), (1.7, 2.5)])
 def test_image_and_mask_agree_pixel_by_pixel_away_from_edges(scale: tuple[float, float]) -> None:
     rng = np.random.default_rng(3)
     labels = cv2.resize(rng.integers(0, 5, (4, 5), np.uint8), (150, 120), interpolation=cv2.INTER_NEAREST)
     image = render(labels, scene=3)
+    labels = np.repeat(np.repeat(labels, 4, 0), 4, 1) if scale[1] < 0.5 else labels
+    image = np.repeat(np.repeat(image, 4, 0), 4, 1) if scale[1] < 0.5 else image
     config = DataConfig(crop=(64, 72), scale=scale)
     compared = 0
     for position in range(60):
-        window = draw_window(generator(2, position, Purpose.CROP), 120, 150, config)
+        window = draw_window(generator(2, position, Purpose.CROP), *labels.shape, config)
         image_out, mask_out = place(window, image, labels, config.crop)
         sure = away_from_edges(mask_out, 2) & (mask_out != IGNORE_LABEL)
         assert (labels_of(image_out)[sure] == mask_out[sure]).all()
@@ -144,16 +161,17 @@ def test_image_and_mask_agree_pixel_by_pixel_away_from_edges(scale: tuple[float,
     assert compared > 60 * 1000
 
 
-@pytest.mark.parametrize("scale", [(0.5, 0.6), (0.99, 1.01), (1.5, 2.0), (3.0, 4.0)])
+@pytest.mark.parametrize("scale", [(0.2, 0.24), (0.5, 0.6), (0.99, 1.01), (1.5, 2.0), (3.0, 4.0)])
 def test_an_edge_lies_at_the_same_place_in_image_and_mask_on_average(scale: tuple[float, float]) -> None:
     # White where the mask is 1: the white area of the image is that of the mask unless one is shifted against the
     # other. Half a pixel would be a difference of half a pixel's width at an edge that is seen on one side only.
-    labels = np.zeros((60, 90), np.uint8)
-    labels[:, 41:] = 1
-    image = np.repeat(labels[..., None] * 255, 3, axis=2).astype(np.uint8)
     config = DataConfig(crop=(20, 400), scale=scale)
     shifts = []
-    for position in range(120):
+    for position in range(160):
+        # At several places: at one, the nearest label's rounding is the same every time.
+        labels = np.zeros((60, 90), np.uint8)
+        labels[:, 37 + position % 8 :] = 1
+        image = np.repeat(labels[..., None] * 255, 3, axis=2).astype(np.uint8)
         window = draw_window(generator(5, position, Purpose.CROP), 60, 90, config)
         image_out, mask_out = place(window, image, labels, config.crop)
         shown = mask_out[0] != IGNORE_LABEL
@@ -163,6 +181,130 @@ def test_an_edge_lies_at_the_same_place_in_image_and_mask_on_average(scale: tupl
         shifts.append(white - np.count_nonzero(mask_out[row] == 1))
     assert np.abs(shifts).max() <= 1.0
     assert abs(np.mean(shifts)) < 0.15
+
+
+# ---- decoding at a smaller size
+
+
+@pytest.mark.parametrize(
+    ("factor", "reduction"), [(2.0, 1), (0.251, 1), (0.249, 2), (0.126, 2), (0.1249, 4), (0.01, 4)]
+)
+def test_an_image_is_decoded_no_smaller_than_the_crop_shows_it(factor: float, reduction: int) -> None:
+    config = DataConfig(crop=(30, 40), scale=(factor, factor))
+    for position in range(20):
+        window = draw_window(generator(0, position, Purpose.CROP), 403, 599, config)
+        assert window.reduction == reduction
+        for source, reduced, size in zip(window.source, window.reduced_source, window.size, strict=True):
+            assert source.start % reduction == 0 and (source.stop % reduction == 0 or source.stop in (403, 599))
+            assert reduced == slice(source.start // reduction, -(-source.stop // reduction))
+            assert reduction == 1 or reduced.stop - reduced.start >= 2 * size - 1
+
+
+def full_and_reduced(jpeg: bytes, mask: bytes, window: CropWindow, crop: tuple[int, int]) -> tuple[Pixels, Pixels]:
+    """The crop from the image decoded whole, and from the one decoded at 1/`window.reduction`; padding is black."""
+    outs = []
+    for reduction in (1, window.reduction):
+        image, labels = decode(Sample("a", jpeg, mask), reduction)
+        out, mask_out = np.zeros((*crop, 3), np.uint8), np.zeros(crop, np.uint8)
+        crop_into(dataclasses.replace(window, reduction=reduction), image, labels, out, mask_out)
+        outs.append(out)
+    return outs[0], outs[1]
+
+
+# How far a crop decoded at a smaller size may be from one decoded whole and averaged, in levels of 255: on average, and
+# for 99 of 100 values. Larger ones lie where the image has sharp edges between saturated colours.
+MEAN_BOUND, MOST_BOUND = 3, 18
+
+
+def test_crops_from_smaller_decoding_are_within_the_stated_bound() -> None:
+    rng = np.random.default_rng(1)
+    coarse = rng.integers(0, 256, (24, 32, 3), np.uint8)
+    image = cv2.resize(coarse, (643, 487), interpolation=cv2.INTER_CUBIC)
+    jpeg, mask = encode(".jpg", np.asarray(image, np.uint8)), encode(".png", np.zeros((487, 643), np.uint8))
+    assert_within_bound(jpeg, mask, (487, 643))
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("name", ["ade20k", "camvid"])
+def test_crops_of_real_scenes_from_smaller_decoding_are_within_the_stated_bound(shared_data: Path, name: str) -> None:
+    paths = sorted((shared_data / name / "images" / "validation").glob("*.jpg"))[:12]
+    assert paths
+    for path in paths:
+        mask = (shared_data / name / "annotations" / "validation" / f"{path.stem}.png").read_bytes()
+        size = png_size(mask)
+        assert size
+        assert_within_bound(path.read_bytes(), mask, size)
+
+
+def assert_within_bound(jpeg: bytes, mask: bytes, size: tuple[int, int]) -> None:
+    crop = (64, 64)
+    for factor, reduction in ((0.24, 2), (0.2, 2), (0.12, 4), (0.1, 4)):
+        config = DataConfig(crop=crop, scale=(factor, factor))
+        for position in range(4):
+            window = draw_window(generator(7, position, Purpose.CROP), *size, config)
+            assert window.reduction == reduction
+            full, reduced = full_and_reduced(jpeg, mask, window, crop)
+            difference = np.abs(full.astype(int) - reduced)
+            assert difference.mean() <= MEAN_BOUND
+            assert np.quantile(difference, 0.99) <= MOST_BOUND
+
+
+# ---- sizes are known before anything is decoded
+
+
+@given(st.integers(1, 70), st.integers(1, 70), st.booleans(), st.booleans())
+@settings(max_examples=60)
+def test_headers_state_the_size_that_a_decoder_finds(height: int, width: int, progressive: bool, exif: bool) -> None:
+    picture = Image.fromarray(np.zeros((height, width, 3), np.uint8))
+    tags = Image.Exif()
+    tags[0x010E] = "a description of some length" * 20
+    jpeg, png = BytesIO(), BytesIO()
+    picture.save(jpeg, "JPEG", progressive=progressive, exif=tags if exif else Image.Exif())
+    picture.convert("L").save(png, "PNG")
+    assert jpeg_size(jpeg.getvalue()) == png_size(png.getvalue()) == (height, width)
+
+
+@given(st.binary(max_size=60), st.sampled_from([b"", b"\xff\xd8", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n"]))
+@settings(max_examples=200)
+def test_headers_of_garbage_state_no_size_or_some_size_and_end(tail: bytes, start: bytes) -> None:
+    for size in (jpeg_size(start + tail), png_size(start + tail)):
+        assert size is None or len(size) == 2
+    assert png_size(tail) is None and jpeg_size(tail) is None
+
+
+def bomb_png(side: int) -> bytes:
+    """A PNG whose header states side x side pixels, and which has none."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def bomb_jpeg(side: int) -> bytes:
+    """A small JPEG whose header states side x side pixels."""
+    jpeg = bytearray(encode(".jpg", np.zeros((16, 16, 3), np.uint8)))
+    at = jpeg.index(b"\xff\xc0")
+    jpeg[at + 5 : at + 9] = struct.pack(">HH", side, side)
+    return bytes(jpeg)
+
+
+@pytest.mark.parametrize(
+    ("sample", "words"),
+    [
+        (Sample("a", bomb_jpeg(60_000), encode(".png", np.zeros((16, 16), np.uint8))), "image states 60000x60000"),
+        (Sample("a", encode(".jpg", np.zeros((16, 16, 3), np.uint8)), bomb_png(60_000)), "mask states 60000x60000"),
+        (Sample("a", b"no jpeg", encode(".png", np.zeros((16, 16), np.uint8))), "image states no size"),
+    ],
+)
+def test_a_bomb_is_refused_by_its_header_before_it_is_decoded(sample: Sample, words: str) -> None:
+    with pytest.raises(DamagedSample, match=words):
+        check_size(sample, (16, 16), 1 << 20)
+
+
+def test_a_record_of_more_pixels_than_its_set_has_is_refused() -> None:
+    sample = Sample("a", bomb_jpeg(60_000), bomb_png(60_000))
+    with pytest.raises(DamagedSample, match="recorded with 60000x60000 pixels, more than the 1048576"):
+        check_size(sample, (60_000, 60_000), 1 << 20)
 
 
 def test_a_window_is_a_value_that_cannot_be_changed() -> None:

@@ -1,50 +1,43 @@
 """Everything that can be wrong with a shard set is found, and a sound one is said to be sound."""
 
-import io
 import json
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
-from zlib import crc32
 
 import numpy as np
 import pytest
 from conftest import MakeScenes
-from numpy.typing import NDArray
-from PIL import Image
+from forgery import (
+    A_JPG,
+    A_PNG,
+    B_JPG,
+    B_PNG,
+    MEMBERS,
+    TAR,
+    add,
+    add_all,
+    assert_found,
+    encoded,
+    flip,
+    forge,
+    problems,
+)
 
 from fcn_dist.commands.verify import main
 from fcn_dist.data.packing import pack
-from fcn_dist.data.shardset import ShardSet, read_members
+from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.verify import verify
 from fcn_dist.errors import UserError
-from fcn_dist.files import sha256
 
 REPO = Path(__file__).resolve().parents[1]
-TAR, MEMBERS = "training-000001.tar", "training-000001.members.npy"
 
 
 @pytest.fixture
 def packed(make_scenes: MakeScenes, tmp_path: Path) -> Path:
     pack(make_scenes(n=6), tmp_path / "out", workers=1, samples_per_shard=2, keep_order=True)
     return tmp_path / "out"
-
-
-def problems(packed: Path, deep: bool = False) -> list[str]:
-    """Every problem as one line; the untouched split must have none."""
-    read_members.cache_clear()
-    reports = {report.split: report for report in verify(packed, deep, workers=1)}
-    assert not reports.get("validation") or not reports["validation"].problems
-    return [f"{p.file} {p.member}: {p.reason}" for p in reports["training"].problems]
-
-
-def assert_found(found: list[str], *expected: str) -> None:
-    """Each problem found has its expected words, in this order, and there are no others."""
-    assert len(found) == len(expected), found
-    for line, words in zip(found, expected, strict=True):
-        assert all(word in line for word in words.split(" | ")), (line, words)
 
 
 @pytest.mark.parametrize("deep", [False, True])
@@ -57,12 +50,6 @@ def test_a_sound_set_has_no_problems(packed: Path, deep: bool, workers: int) -> 
     ]
     (alone,) = verify(packed / "training", deep, workers)
     assert alone == reports[0]
-
-
-def flip(path: Path, position: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(bytes(data))
 
 
 def test_one_flipped_bit_in_a_payload_is_named_by_its_member(packed: Path) -> None:
@@ -125,47 +112,6 @@ def test_a_broken_index_is_a_problem_of_its_split_alone(packed: Path) -> None:
 # --- forgeries: hashes and records that agree with a tar that is wrong in itself -----------------------------
 
 
-def forge(packed: Path, write: Callable[[tarfile.TarFile, dict[str, bytes]], object]) -> None:
-    """Write the shard anew and make index and records fit it wherever they can."""
-    folder = packed / "training"
-    with tarfile.open(folder / TAR) as tar:
-        payloads = {info.name: tar.extractfile(info).read() for info in tar}  # type: ignore[union-attr]
-    with tarfile.open(folder / TAR, "w") as tar:
-        write(tar, payloads)
-    records = np.load(folder / MEMBERS)
-    with tarfile.open(folder / TAR) as tar:
-        infos = {info.name: info for info in tar if info.isfile()}
-        for record in records:
-            for part, suffix in (("image", ".jpg"), ("mask", ".png")):
-                info = infos.get(record["key"].decode() + suffix)
-                if info:
-                    payload = tar.extractfile(info).read()  # type: ignore[union-attr]
-                    record[f"{part}_offset"], record[f"{part}_size"] = info.offset_data, info.size
-                    record[f"{part}_crc32"] = crc32(payload)
-    np.save(folder / MEMBERS, records)
-    index = json.loads((folder / "index.json").read_text())
-    index["shardlist"][1] |= {
-        "filesize": (folder / TAR).stat().st_size,
-        "sha256": sha256(folder / TAR),
-        "members_sha256": sha256(folder / MEMBERS),
-    }
-    (folder / "index.json").write_text(json.dumps(index))
-
-
-def add(tar: tarfile.TarFile, name: str, payload: bytes = b"", kind: bytes = tarfile.REGTYPE, link: str = "") -> None:
-    info = tarfile.TarInfo(name)
-    info.size, info.type, info.linkname = len(payload), kind, link
-    tar.addfile(info, io.BytesIO(payload))
-
-
-def add_all(tar: tarfile.TarFile, payloads: dict[str, bytes], *names: str) -> None:
-    for name in names or payloads:
-        add(tar, name, payloads[name])
-
-
-A_JPG, A_PNG, B_JPG, B_PNG = (f"training_000{i}{suffix}" for i in (2, 3) for suffix in (".jpg", ".png"))
-
-
 def test_a_forged_shard_that_is_right_passes(packed: Path) -> None:
     forge(packed, add_all)
     assert_found(problems(packed, deep=True))
@@ -208,7 +154,12 @@ def test_a_member_that_stands_twice_is_found(packed: Path) -> None:
 def test_a_missing_partner_is_found_even_without_records(packed: Path) -> None:
     forge(packed, lambda tar, payloads: add_all(tar, payloads, A_JPG, A_PNG, B_JPG))
     (packed / "training" / MEMBERS).unlink()
-    assert_found(problems(packed), f"{MEMBERS} | is missing", f"{B_JPG} | does not stand beside {B_PNG}")
+    assert_found(
+        problems(packed),
+        f"{MEMBERS} | is missing",
+        f"{TAR} | comes to 3 members | 2 samples of the index are 4",
+        f"{B_JPG} | does not stand beside {B_PNG}",
+    )
 
 
 def test_one_key_in_two_shards_is_found(packed: Path) -> None:
@@ -219,12 +170,6 @@ def test_one_key_in_two_shards_is_found(packed: Path) -> None:
     index["shardlist"][2] = {**index["shardlist"][1], "url": "training-000002.tar"}
     (folder / "index.json").write_text(json.dumps(index))
     assert_found(problems(packed), *(f"training-000002.tar training_000{i} | {TAR} as well" for i in (2, 3)))
-
-
-def encoded(array: NDArray[np.uint8] | NDArray[np.uint16], form: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, form)
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ from fcn_dist.console import run_command
 from fcn_dist.errors import UserError
 
 COMMANDS = {
+    "download": "fetch the benchmark's scenes",
     "create": "pack a folder of scenes into shards",
+    "merge": "join the parts of a set that several runs have packed",
     "verify": "check a shard set against its index",
     "describe": "print what a shard set holds",
     "synthesize": "render synthetic scenes",

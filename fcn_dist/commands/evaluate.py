@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from rich.progress import Progress
 from rich.table import Table
 
 from fcn_dist.console import console, status_console
@@ -21,6 +20,7 @@ from fcn_dist.files import write_text
 from fcn_dist.model.description import ModelDescription
 from fcn_dist.model.fcn import FCN
 from fcn_dist.model.upsampling import argmax_upsampled
+from fcn_dist.progress import count_progress
 from fcn_dist.ranks import Rank, cores_of
 from fcn_dist.scoring.evaluate import check_classes, evaluate, scores_other
 from fcn_dist.scoring.metrics import Scores
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     source.add_argument("--run", type=Path, help="run folder; its newest whole checkpoint is scored")
     source.add_argument("--model", type=Path, help="model file written by launch/convert.py")
     parser.add_argument("--step", type=int, help="which checkpoint of --run")
-    parser.add_argument("--shards", type=Path, required=True, help="folder written by shards/create.py")
+    parser.add_argument("--shards", required=True, help="folder written by shards/create.py, or its URL")
     parser.add_argument("--split", default="validation")
     parser.add_argument("--workers", type=int, default=1, help="loader processes a rank")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write scores, classes and confusion matrix")
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     shown = rank.index == 0
     if torch.cuda.is_available():
         model.to(torch.device("cuda", rank.local))
-    with Progress(console=status_console, transient=True, disable=not shown) as progress:
+    with count_progress(shown) as progress:
         task = progress.add_task(options.split, total=len(shard_set))
         scores = evaluate(
             model,

@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from fcn_dist.console import console
@@ -20,6 +18,7 @@ from fcn_dist.deploy.pictures import distinct, picture_with_legend, short_name, 
 from fcn_dist.deploy.predict import Predictor
 from fcn_dist.errors import UserError, named
 from fcn_dist.files import replacing, write_text
+from fcn_dist.progress import count_progress
 
 SHOWN_CLASSES = 10
 
@@ -72,9 +71,8 @@ def _parser() -> argparse.ArgumentParser:
 def _label_all(jobs: list[Job], predictor: Predictor) -> Outcome:
     """Every image is tried; one that cannot be read does not stop the others."""
     outcome = Outcome([], {})
-    terminal = Console(stderr=True)
     colours = distinct(predictor.colours)
-    with Progress(console=terminal, disable=not terminal.is_terminal, transient=True) as progress:
+    with count_progress() as progress:
         for job in progress.track(jobs, description="labelling"):
             try:
                 outcome.figures.append(_label(job, predictor, colours))

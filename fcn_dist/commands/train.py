@@ -12,7 +12,7 @@ from fcn_dist.training.runfolder import read_run_record
 def main(argv: list[str]) -> None:
     """Parse and train."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
-    parser.add_argument("--shards", type=Path, required=True, help="folder written by shards/create.py")
+    parser.add_argument("--shards", required=True, help="folder written by shards/create.py, or its URL")
     parser.add_argument("--output", type=Path, required=True, help="run folder, made by this command")
     parser.add_argument("--recipe", type=Path, help="YAML, such as launch/recipes/sceneparsing.yaml")
     parser.add_argument("--deepspeed_config", type=Path, help="JSON, such as launch/zero/zero2_bf16.json")

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from fcn_dist.data.shardset import ShardSet, read_members
+from fcn_dist.data.shard import read_members
+from fcn_dist.data.shardset import ShardSet
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,16 @@ A JPEG in RGB is kept byte for byte. What loses no meaning is converted, and eac
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from fcn_dist.data.decoders import decode_image
+from fcn_dist.data.wholeness import is_whole_jpeg
 
 JPEG_FORMATS = ("JPEG", "MPO")  # MPO: several JPEGs in one file, of which readers take the first
 # Pillow knows formats that start other programs (EPS); only these are ever opened. (It opens MPO as JPEG.)
@@ -35,12 +39,13 @@ class FileProblem(Exception):
 
 @dataclass(frozen=True)
 class ImageRead:
-    """One decoded image file and what packing must do with it."""
+    """One image file that was decoded in full, and what packing must do with it."""
 
     data: bytes
-    picture: Image.Image  # RGB, or L for a grayscale JPEG; not yet turned
+    picture: Image.Image  # RGB, or L for a grayscale JPEG; not yet turned; a JPEG's pixels may not be loaded yet
     orientation: int = 1
     conversions: tuple[str, ...] = ()  # none: `data` is packed as it is
+    decoded: NDArray[np.uint8] | None = None  # (H, W, 3) RGB as training decodes `data`; None if it must be converted
 
     @property
     def size(self) -> tuple[int, int]:
@@ -51,18 +56,53 @@ class ImageRead:
 
     def pixels(self) -> NDArray[np.uint8]:
         """The (H, W, 3) RGB image as it will be packed, before any shrinking."""
-        picture = ImageOps.exif_transpose(self.picture) if TURNED in self.conversions else self.picture
-        return np.asarray(picture.convert("RGB"))
+        with _decoding():
+            picture = ImageOps.exif_transpose(self.picture) if TURNED in self.conversions else self.picture
+            return np.asarray(picture.convert("RGB"))
 
 
 def open_picture(data: bytes, max_pixels: int) -> Image.Image:
-    """A decoded Pillow image; FileProblem if it is too large, damaged, or several images in one."""
+    """A Pillow image of which only the header is read; FileProblem if that says it is too large, or nothing."""
+    too_long = max_bytes(max_pixels)
+    if len(data) > too_long:
+        raise FileProblem("file too large", f"{len(data)} bytes, for which {too_long} are allowed; save it anew")
+    with _decoding():
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise FileProblem(
+            "too many pixels",
+            f"{width}x{height} are {width * height}, at most {max_pixels} are allowed; shrink it, or raise "
+            "--max-pixels",
+        )
+    return picture
+
+
+def max_bytes(max_pixels: int) -> int:
+    """What a file of so many pixels may hold: 16-bit RGBA uncompressed, and 16 MiB of other things."""
+    return 8 * max_pixels + 2**24
+
+
+def load_picture(picture: Image.Image, data: bytes) -> None:
+    """Decode the picture in full; FileProblem if it is damaged, or several images in one."""
+    with _decoding():
+        if picture.format not in JPEG_FORMATS and getattr(picture, "n_frames", 1) > 1:
+            raise FileProblem("several frames", "one picture is needed; keep one frame")
+        if picture.format == "PNG":
+            # Decoding stops at the last row, and looks neither at checksums nor at the end of the file.
+            Image.open(io.BytesIO(data), formats=("PNG",)).verify()
+        picture.load()
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """What Pillow raises becomes a FileProblem, and what it warns of is not said."""
     # Pillow's own cap only warns, and is global; ours is checked before anything is decoded.
     pillow_cap, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata
-            return _decoded(data, max_pixels)
+            yield
     except FileProblem:
         raise
     except UnidentifiedImageError as error:
@@ -74,46 +114,40 @@ def open_picture(data: bytes, max_pixels: int) -> Image.Image:
         Image.MAX_IMAGE_PIXELS = pillow_cap
 
 
-def _decoded(data: bytes, max_pixels: int) -> Image.Image:
-    picture = Image.open(io.BytesIO(data), formats=FORMATS)
-    width, height = picture.size
-    if width * height > max_pixels:
-        raise FileProblem(
-            "too many pixels",
-            f"{width}x{height} are {width * height}, at most {max_pixels} are allowed; shrink it, or raise "
-            "--max-pixels",
-        )
-    if picture.format not in JPEG_FORMATS and getattr(picture, "n_frames", 1) > 1:
-        raise FileProblem("several frames", "one picture is needed; keep one frame")
-    if picture.format == "PNG":
-        # Decoding stops at the last row, and looks neither at checksums nor at the end of the file.
-        Image.open(io.BytesIO(data), formats=("PNG",)).verify()
-    picture.load()
-    return picture
-
-
 def orientation_of(picture: Image.Image) -> int:
     """1..8 as in EXIF; 1 where there is no tag, or none that means anything."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tag = picture.getexif().get(ORIENTATION_TAG, 1)
+    try:
+        with _decoding():
+            tag = picture.getexif().get(ORIENTATION_TAG, 1)
+    except FileProblem:
+        return 1  # metadata that cannot be read turns an image for nobody
     return int(tag) if tag in range(1, 9) else 1
 
 
 def read_image(data: bytes, max_pixels: int) -> ImageRead:
     """Decode one image file in full; FileProblem if that cannot be done, or not without loss."""
     picture = open_picture(data, max_pixels)
+    plain = picture.format in JPEG_FORMATS and picture.mode == "RGB"
+    # One decoder is enough where the file is whole for certain; and it is the one that training uses.
+    decoded = _decoded(data, picture) if plain and is_whole_jpeg(data) else None
+    if decoded is None:
+        load_picture(picture, data)
     orientation = orientation_of(picture)
     if picture.format not in JPEG_FORMATS:
         return ImageRead(data, _to_rgb(picture), orientation, tuple(_foreign_kinds(data, picture)))
-    if picture.mode == "RGB":
-        # Training decodes with OpenCV, which must be able to; an eighth of the size shows that at little cost.
-        if cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8) is None:
-            raise FileProblem("undecodable or truncated file", "OpenCV cannot decode it; save it as a baseline JPEG")
-        return ImageRead(data, picture, orientation)
-    if picture.mode == "L":
-        return ImageRead(data, picture, orientation, (GRAYSCALE,))
-    return ImageRead(data, picture, orientation, (f"{picture.mode} JPEG to RGB",))
+    if not plain:
+        kind = GRAYSCALE if picture.mode == "L" else f"{picture.mode} JPEG to RGB"
+        return ImageRead(data, picture, orientation, (kind,))
+    if decoded is None:
+        decoded = _decoded(data, picture)
+    if decoded is None:
+        raise FileProblem(UNDECODABLE, "OpenCV cannot decode it; save it as a baseline JPEG")
+    return ImageRead(data, picture, orientation, (), decoded)
+
+
+def _decoded(data: bytes, picture: Image.Image) -> NDArray[np.uint8] | None:
+    pixels = decode_image(data)
+    return pixels if pixels is not None and pixels.shape[1::-1] == picture.size else None
 
 
 def _foreign_kinds(data: bytes, picture: Image.Image) -> list[str]:

@@ -8,7 +8,7 @@ Shapes: B images of a micro-batch, H x W the crop (training) or the sample's own
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import cv2
@@ -19,14 +19,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from fcn_dist.config import DataConfig
+from fcn_dist.data.crops import BadSample, CropReader, read_arrays
+from fcn_dist.data.handoff import Place, Slots
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.stream import SampleStream
-from fcn_dist.data.transforms import crop_into, decode, draw_window, generator
+from fcn_dist.data.upcoming import read_ahead
 from fcn_dist.errors import UserError
-from fcn_dist.keys import Purpose
 from fcn_dist.labels import IGNORE_LABEL
 from fcn_dist.ranks import BatchPlan, Rank
 
+SHARDS_AHEAD = 2  # of a remote set, in evaluation, which goes through it in order
 PREFETCHED_BATCHES = 4  # a loader process, so that one slow image does not stall a step
 
 
@@ -38,10 +40,17 @@ class Batch:
     targets: Tensor  # (B, H, W) uint8, IGNORE_LABEL where nothing is learned
     labelled: int  # pixels that are not ignored
     positions: tuple[int, ...]  # stream positions of the images
+    bad_samples: tuple[BadSample, ...] = ()  # what was to stand there, and has been replaced
 
-    def pin_memory(self) -> "Batch":
-        """Its tensors in page-locked memory; torch's loader calls it where copies go to a GPU."""
-        return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory())
+
+class Filled(NamedTuple):
+    """A micro-batch as a loader process passes it on."""
+
+    place: Place | None  # where its tensors lie, if not in `tensors`
+    tensors: tuple[Tensor, Tensor] | None
+    labelled: int
+    positions: tuple[int, ...]
+    bad_samples: tuple[BadSample, ...]
 
 
 class Scene(NamedTuple):
@@ -66,8 +75,8 @@ def build_loader(
     Starting in the middle of an epoch costs no more than at its start. Errors of loader processes are raised here
     as they were there.
     """
-    table = np.frombuffer(shard_set.label_rule(config.score_other).target_table, np.uint8)
-    fill = np.rint(shard_set.channel_mean).astype(np.uint8)
+    crops = CropReader(shard_set, stream, config)
+    slots = Slots(config.workers, PREFETCHED_BATCHES + 2, plan.micro_batch, config.crop) if config.workers else None
 
     def micro_batches() -> Iterator[tuple[int, ...]]:
         worker, workers = _worker()
@@ -75,21 +84,31 @@ def build_loader(
         for micro_step in range(first + worker, last, workers):
             yield plan.positions(rank, micro_step)
 
-    def load(batches: Iterable[tuple[int, ...]]) -> Iterator[Batch]:
-        for positions in batches:
-            images = np.empty((len(positions), *config.crop, 3), np.uint8)
-            masks = np.full((len(positions), *config.crop), IGNORE_LABEL, np.uint8)
-            images[:] = fill
-            for row, (position, index) in enumerate(zip(positions, stream.samples(positions), strict=True)):
-                image, mask = decode(shard_set.read(int(index)))
-                rng = generator(stream.seed, position, Purpose.CROP)
-                window = draw_window(rng, mask.shape[0], mask.shape[1], config)
-                # Labels become targets before they are placed, so padding is ignored whatever the rule.
-                crop_into(window, image, table[mask], images[row], masks[row])
-            labelled = int(np.count_nonzero(masks != IGNORE_LABEL))
-            yield Batch(torch.from_numpy(images), torch.from_numpy(masks), labelled, positions)
+    def load(batches: Iterable[tuple[int, ...]]) -> Iterator[Filled]:
+        worker, _ = _worker()
+        ahead = read_ahead(shard_set, map(stream.samples, micro_batches()), config.read_ahead)
+        for number, positions in enumerate(batches):
+            if ahead:
+                ahead.advance(number)
+            place = Place(worker, number)
+            if slots and slots.free(place):
+                images, targets = slots.arrays(place)
+                tensors = None
+            else:
+                images = np.empty((plan.micro_batch, *config.crop, 3), np.uint8)
+                targets = np.empty((plan.micro_batch, *config.crop), np.uint8)
+                tensors = torch.from_numpy(images), torch.from_numpy(targets)
+            bad = crops.fill(positions, images, targets)
+            labelled = int(np.count_nonzero(targets != IGNORE_LABEL))
+            yield Filled(None if tensors else place, tensors, labelled, positions, bad)
 
-    return _run(wds.DataPipeline(micro_batches, load, _errors_as_items), config.workers, pin_memory)
+    for filled in _run(wds.DataPipeline(micro_batches, load, _errors_as_items), config.workers):
+        if filled.tensors:
+            images, targets = (tensor.pin_memory() if pin_memory else tensor for tensor in filled.tensors)
+        else:
+            assert slots and filled.place
+            images, targets = slots.take(filled.place, pin_memory)
+        yield Batch(images, targets, *filled[2:])
 
 
 def build_scene_loader(shard_set: ShardSet, rank: Rank, workers: int) -> Iterator[Scene]:
@@ -100,22 +119,24 @@ def build_scene_loader(shard_set: ShardSet, rank: Rank, workers: int) -> Iterato
         yield from range(rank.index + worker * rank.world_size, len(shard_set), count * rank.world_size)
 
     def load(samples: Iterable[int]) -> Iterator[Scene]:
-        for index in samples:
-            sample = shard_set.read(index)
-            image, mask = decode(sample)
-            yield Scene(sample.key, torch.from_numpy(image)[None], torch.from_numpy(mask))
+        ahead = read_ahead(shard_set, (np.array([index]) for index in indices()), SHARDS_AHEAD)
+        for number, index in enumerate(samples):
+            if ahead:
+                ahead.advance(number)
+            shard, record = shard_set.locate(index)
+            image, mask = read_arrays(shard_set, shard, record)
+            yield Scene(record["key"].decode(), torch.from_numpy(image)[None], torch.from_numpy(mask))
 
     share = math.ceil((len(shard_set) - rank.index) / rank.world_size)
-    return _run(wds.DataPipeline(indices, load, _errors_as_items), min(workers, max(share, 0)), False)
+    return _run(wds.DataPipeline(indices, load, _errors_as_items), min(workers, max(share, 0)))
 
 
-def _run(pipeline: Any, workers: int, pin_memory: bool) -> Iterator[Any]:
+def _run(pipeline: Any, workers: int) -> Iterator[Any]:
     loader: DataLoader[Any] = DataLoader(
         pipeline,
         batch_size=None,  # the pipeline batches
         num_workers=workers,
         collate_fn=_as_it_is,
-        pin_memory=pin_memory,
         prefetch_factor=PREFETCHED_BATCHES if workers else None,
         worker_init_fn=_start_worker,
         # The stages are closures, and the shard set is open already: both are inherited, not sent.

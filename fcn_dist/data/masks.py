@@ -8,7 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fcn_dist.data.images import FileProblem, open_picture, orientation_of
+from fcn_dist.data.decoders import decode_mask
+from fcn_dist.data.images import (
+    UNDECODABLE,
+    FileProblem,
+    load_picture,
+    max_bytes,
+    open_picture,
+    orientation_of,
+)
+from fcn_dist.data.wholeness import plain_mask_size
 
 GRAY, PALETTE, GRAY_ALPHA = 0, 3, 4  # PNG colour types that hold labels
 _HEADER = struct.Struct(">IIBBBBB")  # width, height, bits, colour type, compression, filter, interlace
@@ -34,7 +43,23 @@ class MaskRead:
 
 def read_mask(data: bytes, num_classes: int, max_pixels: int) -> MaskRead:
     """Decode one mask file in full; FileProblem if that cannot be done, or its values are no labels of 0..N."""
+    return _read_plain(data, num_classes, max_pixels) or _read_any(data, num_classes, max_pixels)
+
+
+def _read_plain(data: bytes, num_classes: int, max_pixels: int) -> MaskRead | None:
+    """A mask that is packed as it is and has nothing to complain of, at the cost of one decoding; else None."""
+    size = plain_mask_size(data) if len(data) <= max_bytes(max_pixels) else None
+    if size is None or size[0] * size[1] > max_pixels:
+        return None
+    labels = decode_mask(data)
+    if labels is None or labels.shape != size or labels.max() > num_classes:
+        return None
+    return MaskRead(data, labels, None)
+
+
+def _read_any(data: bytes, num_classes: int, max_pixels: int) -> MaskRead:
     picture = open_picture(data, max_pixels)
+    load_picture(picture, data)
     if picture.format != "PNG":
         raise FileProblem("mask that is no PNG", f"it holds {picture.format}; save the labels as PNG")
     _, _, bits, colour_type, _, _, interlaced = _HEADER.unpack_from(data, _HEADER_AT)
@@ -52,8 +77,13 @@ def read_mask(data: bytes, num_classes: int, max_pixels: int) -> MaskRead:
             f"it holds label {highest} ({pixels} pixels above {num_classes}); 0 is other, classes are 1.."
             f"{num_classes}; correct the mask, or add the classes to the objectInfo file",
         )
+    labels = values.astype(np.uint8)
     conversion = _conversion(picture, bits, colour_type, bool(interlaced))
-    return MaskRead(data, values.astype(np.uint8), conversion)
+    # What is packed as it is must be to training what it is to Pillow.
+    decoded = labels if conversion else decode_mask(data)
+    if decoded is None or not np.array_equal(labels, decoded):
+        raise FileProblem(UNDECODABLE, "OpenCV decodes it otherwise than Pillow; save it as a plain 8-bit gray PNG")
+    return MaskRead(data, labels, conversion)
 
 
 def _raw_values(picture: Image.Image, bits: int, colour_type: int) -> NDArray[np.uint8 | np.uint16]:

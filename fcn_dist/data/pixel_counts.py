@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Triple = tuple[float, float, float]
+_EXACT_PIXELS = 2**24
 
 
 @dataclass
@@ -16,46 +17,42 @@ class PixelCounts:
 
     class_pixels: NDArray[np.int64]  # (N + 1,), labels 0..N
     class_images: NDArray[np.int64]  # (N + 1,), images in which each label occurs
-    channels: NDArray[np.int64]  # (3, 256), histograms of R, G, B
+    channel_sums: NDArray[np.int64]  # (3,), of the values of R, G, B
+    channel_squares: NDArray[np.int64]  # (3,), of their squares
 
     @classmethod
     def zero(cls, num_classes: int) -> "PixelCounts":
         """No pixels yet."""
         labels = num_classes + 1
-        return cls(np.zeros(labels, np.int64), np.zeros(labels, np.int64), np.zeros((3, 256), np.int64))
+        return cls(*(np.zeros(length, np.int64) for length in (labels, labels, 3, 3)))
 
     def add_pair(self, image_rgb: NDArray[np.uint8], labels: NDArray[np.uint8]) -> None:
         """Count one (H, W, 3) image and its (H, W) labels, none above N."""
-        pixels = _histogram(labels)
+        # OpenCV counts and sums in floating point, which is exact for so many pixels: larger ones are cut in bands.
+        rows = max(1, _EXACT_PIXELS // labels.shape[1])
+        pixels = np.zeros(256, np.int64)
+        for top in range(0, labels.shape[0], rows):
+            pixels += cv2.calcHist([labels[top : top + rows]], [0], None, [256], [0, 256]).ravel().astype(np.int64)
+            for channel, plane in enumerate(cv2.split(image_rgb[top : top + rows])):
+                self.channel_sums[channel] += round(cv2.sumElems(plane)[0])
+                self.channel_squares[channel] += round(cv2.norm(plane, cv2.NORM_L2SQR))
         assert not pixels[len(self.class_pixels) :].any(), "labels above N were to be refused before"
         self.class_pixels += pixels[: len(self.class_pixels)]
         self.class_images += pixels[: len(self.class_images)] > 0
-        for channel in range(3):
-            self.channels[channel] += _histogram(image_rgb, channel)
 
     def add(self, other: "PixelCounts") -> None:
         """Take in what another process has counted."""
         self.class_pixels += other.class_pixels
         self.class_images += other.class_images
-        self.channels += other.channels
+        self.channel_sums += other.channel_sums
+        self.channel_squares += other.channel_squares
 
     def mean_and_std(self) -> tuple[Triple, Triple]:
         """Mean and standard deviation of R, G, B over all pixels, 0-255."""
-        (r_mean, r_std), (g_mean, g_std), (b_mean, b_std) = (_moments(histogram) for histogram in self.channels)
+        total = int(self.class_pixels.sum())
+        # Python's integers do not overflow.
+        moments = [(int(a), int(b)) for a, b in zip(self.channel_sums, self.channel_squares, strict=True)]
+        (r_mean, r_std), (g_mean, g_std), (b_mean, b_std) = (
+            (first / total, sqrt(total * second - first * first) / total) for first, second in moments
+        )
         return (r_mean, g_mean, b_mean), (r_std, g_std, b_std)
-
-
-def _histogram(image: NDArray[np.uint8], channel: int = 0) -> NDArray[np.int64]:
-    # OpenCV counts in float32, exact up to 2**24: larger images are counted in bands of rows.
-    rows = max(1, 2**24 // image.shape[1])
-    bands = (image[top : top + rows] for top in range(0, image.shape[0], rows))
-    counts = sum(cv2.calcHist([band], [channel], None, [256], [0, 256]).astype(np.int64) for band in bands)
-    return np.asarray(counts, np.int64).ravel()
-
-
-def _moments(histogram: NDArray[np.int64]) -> tuple[float, float]:
-    counts = [int(n) for n in histogram]  # Python's integers do not overflow
-    total = sum(counts)
-    first = sum(value * n for value, n in enumerate(counts))
-    second = sum(value * value * n for value, n in enumerate(counts))
-    return first / total, sqrt(total * second - first * first) / total

@@ -1,64 +1,35 @@
-"""A shard set: a folder of tar shards with its index.json in, single samples out.
+"""A shard set: a folder or URL of tar shards with its index.json in, single samples out."""
 
-Beside each `NAME.tar` lies `NAME.members.npy`, one record a sample (see `member_dtype`), so that any sample is
-read directly and the index does not grow with the data set.
-"""
-
+import hashlib
 import json
-import zlib
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fcn_dist.data.cache import NodeCache, RemoteFile, node_cache
+from fcn_dist.data.remote import is_url, read_blocks
+from fcn_dist.data.shard import INDEX_NAME, Sample, Shard, read_members
+from fcn_dist.data.shardtable import HEAD_SIZE, TABLE_NAME, ShardTable, Totals, map_table, records_of, totals_of
 from fcn_dist.errors import UserError
-from fcn_dist.files import sha256
 from fcn_dist.labels import LabelRule
 
-INDEX_NAME = "index.json"
 INDEX_KIND = "wids-shard-index-v1"
 FORMAT_VERSION = 2
-
-
-class DamagedSample(UserError):
-    """A sample's bytes are not those that were packed; the message names shard, key and reason."""
-
-
-class Sample(NamedTuple):
-    """One packed pair, still encoded."""
-
-    key: str
-    image: bytes  # JPEG, RGB
-    mask: bytes  # PNG, mode L, raw labels
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar file as the index lists it."""
-
-    path: Path
-    num_samples: int
-    size: int
-    sha256: str
-    members_size: int  # bytes of the file beside it with one record a sample
-    members_sha256: str
-
-    @property
-    def members_path(self) -> Path:
-        """Where the byte offsets of this shard's samples are kept."""
-        return members_path(self.path)
 
 
 @dataclass(frozen=True)
 class ShardSet:
     """One split of a packed data set."""
 
-    dir: Path
+    dir: Path  # of a local set
+    location: str  # folder or URL, as errors name it
+    index_sha256: str
+    cache: NodeCache | None  # of a remote set
     split: str
-    shards: tuple[Shard, ...]
+    shards: ShardTable
     classes: tuple[str, ...]  # names of labels 1..N
     colours: tuple[tuple[int, int, int], ...]  # RGB of labels 1..N
     class_pixels: tuple[int, ...]  # pixels of labels 0..N
@@ -69,38 +40,34 @@ class ShardSet:
     created_by: dict[str, Any]
 
     @classmethod
-    def open(cls, folder: Path | str, split: str | None = None) -> "ShardSet":
+    def open(cls, folder: Path | str, split: str | None = None, cache: NodeCache | None = None) -> "ShardSet":
         """Read `folder/index.json`, or `folder/split/index.json` if a split is named.
+
+        `folder` may be a URL that fsspec reads; its shards are then kept in `cache`, by default the node's usual one.
 
         Raises UserError if there is no index, or one that this version cannot read.
         """
-        folder = Path(folder) / split if split else Path(folder)
-        index = _read_index(folder)
+        location = "/".join([str(folder).rstrip("/"), *([split] if split else [])])
+        cache = (cache or node_cache()) if is_url(location) else None
+        head = _read_head(location, cache)
+        index = _parse_head(head, f"{location}/{INDEX_NAME}")
         try:
-            return cls._from_index(folder, index)
+            return cls._from_index(location, index, hashlib.sha256(head).hexdigest(), cache)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{folder / INDEX_NAME} lacks or misstates a field ({error!r}); an index written by "
+                f"{location}/{INDEX_NAME} lacks or misstates a field ({error!r}); an index written by "
                 "shards/create.py is needed; pack the scenes again"
             ) from error
 
     @classmethod
-    def _from_index(cls, folder: Path, index: dict[str, Any]) -> "ShardSet":
-        shards = tuple(
-            Shard(
-                _inside(folder, entry["url"]),
-                int(entry["nsamples"]),
-                int(entry["filesize"]),
-                entry["sha256"],
-                int(entry["members_filesize"]),
-                entry["members_sha256"],
-            )
-            for entry in index["shardlist"]
-        )
+    def _from_index(cls, location: str, index: dict[str, Any], digest: str, cache: NodeCache | None) -> "ShardSet":
         shard_set = cls(
-            folder,
+            Path(location),
+            location,
+            digest,
+            cache,
             index["name"],
-            shards,
+            _shard_table(location, index, cache),
             tuple(index["classes"]),
             tuple((int(r), int(g), int(b)) for r, g, b in index["colours"]),
             tuple(int(n) for n in index["class_pixels"]),
@@ -117,35 +84,33 @@ class ShardSet:
         labels = len(self.classes) + 1
         if num_samples != len(self):
             raise ValueError(f"num_samples {num_samples}, but the shards hold {len(self)}")
-        if len({shard.path for shard in self.shards}) != len(self.shards):
-            raise ValueError("the same shard is listed twice")
         for field, expected in (("colours", labels - 1), ("class_pixels", labels), ("class_images", labels)):
             if len(getattr(self, field)) != expected:
                 raise ValueError(f"{len(getattr(self, field))} {field} for {labels - 1} classes")
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    @cached_property
-    def _starts(self) -> NDArray[np.int64]:
-        return np.cumsum([0] + [shard.num_samples for shard in self.shards], dtype=np.int64)
+        return self.shards.totals.samples
 
     @property
     def samples_per_shard(self) -> int:
         """Samples of the largest shard; most have as many."""
-        return max(shard.num_samples for shard in self.shards)
+        return self.shards.totals.most_samples
 
     def label_rule(self, score_other: bool = False) -> LabelRule:
         """How this set's labels become network outputs."""
         return LabelRule(len(self.classes), score_other)
 
+    def shard_numbers(self, indices: "NDArray[np.int64]") -> list[int]:
+        """The shards that hold samples `indices`, each once, in the order of their first sample there."""
+        return list(dict.fromkeys(self.shards.holding(indices).tolist()))
+
     def locate(self, index: int) -> tuple[Shard, "np.void"]:
         """The shard that holds sample `index` (0 <= index < len) and its member record."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        number = int(self.shards.holding(np.array([index]))[0])
         shard = self.shards[number]
-        return shard, read_members(shard)[index - int(self._starts[number])]
+        return shard, read_members(shard)[index - self.shards.first_sample(number)]
 
     def key(self, index: int) -> str:
         """The name of sample `index`."""
@@ -156,85 +121,19 @@ class ShardSet:
 
         Raises DamagedSample if the bytes are not those that were packed, UserError if the shard is missing.
         """
-        shard, member = self.locate(index)
-        key = member["key"].decode()
-        parts = []
-        try:
-            with shard.path.open("rb", buffering=0) as file:
-                for part in ("image", "mask"):
-                    file.seek(int(member[f"{part}_offset"]))
-                    payload = file.read(int(member[f"{part}_size"]))
-                    if zlib.crc32(payload) != member[f"{part}_crc32"]:
-                        raise DamagedSample(
-                            f"{shard.path}: the {part} of sample {key!r} does not have the checksum it was packed "
-                            "with; restore the shard from a copy, or pack the scenes again"
-                        )
-                    parts.append(payload)
-        except OSError as error:
-            raise UserError(
-                f"{shard.path} cannot be read ({error.strerror}); {INDEX_NAME} lists it; restore it from a copy, "
-                "or pack the scenes again"
-            ) from error
-        return Sample(key, parts[0], parts[1])
+        shard, record = self.locate(index)
+        return shard.read(record)
 
 
-def member_dtype(key_bytes: int) -> np.dtype[np.void]:
-    """The record of one sample: key, byte ranges of both payloads in the tar with their CRC-32, and size.
-
-    `key_bytes` is the length of the longest key of the shard in UTF-8.
-    """
-    return np.dtype(
-        [
-            ("key", f"S{key_bytes}"),
-            ("image_offset", "<u8"),
-            ("image_size", "<u4"),
-            ("image_crc32", "<u4"),
-            ("mask_offset", "<u8"),
-            ("mask_size", "<u4"),
-            ("mask_crc32", "<u4"),
-            ("height", "<u4"),
-            ("width", "<u4"),
-        ]
-    )
-
-
-def members_path(shard_path: Path) -> Path:
-    """`x/training-000000.tar` -> `x/training-000000.members.npy`."""
-    return shard_path.with_suffix(".members.npy")
-
-
-@lru_cache(maxsize=1024)
-def read_members(shard: Shard) -> "NDArray[np.void]":
-    """The records of a shard's samples (see `member_dtype`); UserError unless they are those that were packed."""
-    members = load_members(shard)
-    if sha256(shard.members_path) != shard.members_sha256:
-        raise UserError(
-            f"{shard.members_path} differs from its SHA-256 in {INDEX_NAME}; restore it, or pack the scenes again"
-        )
-    return members
-
-
-def load_members(shard: Shard) -> "NDArray[np.void]":
-    """The records as they are, changed or not; UserError if they have not the form of records."""
-    path = shard.members_path
-    try:
-        members: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} cannot be read ({error}); restore it, or pack the scenes again") from error
-    key_bytes = members.dtype["key"].itemsize if "key" in (members.dtype.names or ()) else 1
-    if members.dtype != member_dtype(key_bytes) or members.shape != (shard.num_samples,):
-        raise UserError(
-            f"{path} has records of shape {members.shape} and fields {members.dtype.names}; "
-            f"{shard.num_samples} records of {member_dtype(1).names} are needed; restore it, or pack the scenes "
-            "again"
-        )
-    return members
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
+def _read_head(location: str, cache: NodeCache | None) -> bytes:
+    """The whole index, or as much of a long one as all but its shards take."""
+    if cache:
+        return b"".join(read_blocks(f"{location}/{INDEX_NAME}", HEAD_SIZE))
+    folder = Path(location)
     path = folder / INDEX_NAME
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            return file.read(HEAD_SIZE)
     except OSError as error:
         splits = sorted(p.parent.name for p in folder.glob(f"*/{INDEX_NAME}")) if folder.is_dir() else []
         hint = f"it has the splits {', '.join(splits)}" if splits else "make one with shards/create.py"
@@ -242,22 +141,36 @@ def _read_index(folder: Path) -> dict[str, Any]:
             f"{folder} is no shard set: {path} cannot be read ({error.strerror}); a folder with an index is "
             f"needed; {hint}"
         ) from error
+
+
+def _parse_head(head: bytes, name: str) -> dict[str, Any]:
+    """The index without its shards, if it is longer than its head."""
+    if len(head) >= HEAD_SIZE:
+        before, found, _ = head.partition(b',\n"shardlist": ')
+        head = before + b"}" if found else head
+    try:
+        index = json.loads(head)
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); restore it, or pack the scenes again") from error
+        raise UserError(f"{name} is not JSON ({error}); restore it, or pack the scenes again") from error
     kind, version = (index.get(k) if isinstance(index, dict) else None for k in ("__kind__", "format_version"))
     if kind != INDEX_KIND or version != FORMAT_VERSION:
         raise UserError(
-            f"{path} has __kind__ {kind!r} and format_version {version!r}; {INDEX_KIND!r} and {FORMAT_VERSION} "
+            f"{name} has __kind__ {kind!r} and format_version {version!r}; {INDEX_KIND!r} and {FORMAT_VERSION} "
             "are needed; pack the scenes with shards/create.py"
         )
     return dict(index)
 
 
-def _inside(folder: Path, url: str) -> Path:
-    # An index is data from elsewhere: it must not lead out of its own folder.
-    if Path(url).name != url or not url.endswith(".tar"):
-        raise ValueError(f"shard url {url!r} is not the name of a tar file beside the index")
-    return folder / url
+def _shard_table(location: str, index: dict[str, Any], cache: NodeCache | None) -> ShardTable:
+    if "shardlist" in index:
+        records = records_of(index["shardlist"])
+        return ShardTable(records, totals_of(records), location, cache)
+    stated = index["shard_table"]
+    if cache:
+        path = cache.fetch(RemoteFile(f"{location}/{TABLE_NAME}", stated["filesize"], stated["sha256"]))
+    else:
+        path = Path(location) / TABLE_NAME
+    return ShardTable(map_table(path, stated["sha256"]), Totals(*stated["totals"]), location, cache)
 
 
 def _triple(values: list[float]) -> tuple[float, float, float]:

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from fcn_dist.data.pixel_counts import PixelCounts
-from fcn_dist.data.shardset import INDEX_NAME, ShardSet
-from fcn_dist.data.verify_shard import Problem, ShardCheck, verify_shard
+from fcn_dist.data.shard import INDEX_NAME
+from fcn_dist.data.shardset import ShardSet
+from fcn_dist.data.verify_shard import Problem, ShardCheck, printable, verify_shard
 from fcn_dist.data.workers import check_workers, map_in_processes
 from fcn_dist.errors import UserError
 
@@ -32,7 +33,7 @@ def find_splits(out_dir: Path) -> list[Path]:
     if not folders:
         raise UserError(
             f"{out_dir} holds no shard set: neither it nor a folder in it has an {INDEX_NAME}; name a folder that "
-            "shards/create.py has written (one without an index is an unfinished one; pack again)"
+            "shards/create.py has written (one without an index is unfinished: the same create command goes on with it)"
         )
     return folders
 
@@ -57,7 +58,7 @@ def _verify_split(folder: Path, deep: bool, workers: int) -> SplitReport:
     report.num_bytes = sum(shard.size for shard in shard_set.shards)
     report.problems += _unlisted_files(shard_set)
 
-    jobs = [ShardCheck(shard, len(shard_set.classes), deep) for shard in shard_set.shards]
+    jobs = [ShardCheck(shard, len(shard_set.classes), shard_set.max_pixels, deep) for shard in shard_set.shards]
     samples = [shard.num_samples for shard in shard_set.shards]
     counts = PixelCounts.zero(len(shard_set.classes))
     shards_of_key: dict[str, list[str]] = {}
@@ -69,7 +70,9 @@ def _verify_split(folder: Path, deep: bool, workers: int) -> SplitReport:
             shards_of_key.setdefault(key, []).append(shard.path.name)
     for key, names in shards_of_key.items():
         if len(names) > 1:
-            report.problems.append(Problem(names[-1], key, f"the same key stands in {', '.join(names[:-1])} as well"))
+            report.problems.append(
+                Problem(names[-1], printable(key), f"the same key stands in {', '.join(names[:-1])} as well")
+            )
     # Counts over damaged samples differ for certain, which would say nothing new.
     if deep and not report.problems:
         report.problems += _count_problems(shard_set, counts)

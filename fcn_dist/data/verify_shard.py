@@ -1,24 +1,31 @@
 """One tar shard and its member records in; everything that is not as the index says out."""
 
+import os
 import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fcn_dist.data.images import FileProblem, read_image
+from fcn_dist.data.images import FileProblem, max_bytes, read_image
 from fcn_dist.data.masks import read_mask
 from fcn_dist.data.pixel_counts import PixelCounts
-from fcn_dist.data.shardset import Sample, Shard, load_members
-from fcn_dist.data.tarshard import IMAGE_SUFFIX, MASK_SUFFIX, count_sample
+from fcn_dist.data.shard import Sample, Shard, load_members
+from fcn_dist.data.tarshard import IMAGE_SUFFIX, MASK_SUFFIX
+from fcn_dist.data.tarwalk import Member, walk
+from fcn_dist.data.workers import Advance
 from fcn_dist.errors import UserError
 from fcn_dist.files import sha256
 
-_NO_CAP = 2**62  # packing has capped the sizes, and a checksum vouches that these are its bytes
+_FOREIGN_MEMBERS = 1000  # of one shard that are named
+_LONGEST_SHOWN = 200  # characters of a member's name
+_LARGEST_RECORDS = 2**28  # bytes; those of a million samples take less
+_BLOCK = 2**20
 _PARTS = (("image", IMAGE_SUFFIX), ("mask", MASK_SUFFIX))
 
 
@@ -35,6 +42,7 @@ class ShardCheck(NamedTuple):
 
     shard: Shard
     num_classes: int
+    max_pixels: int
     deep: bool
 
 
@@ -46,64 +54,64 @@ class ShardFindings(NamedTuple):
     counts: PixelCounts  # of the whole samples; zero unless deep
 
 
-class _Member(NamedTuple):
-    name: str
-    offset: int
-    size: int
-    type: bytes
-
-
-def verify_shard(check: ShardCheck) -> ShardFindings:
+def verify_shard(check: ShardCheck, advance: Advance) -> ShardFindings:
     """Find everything that is wrong with one shard, whatever else is wrong with it."""
-    shard, tar_name = check.shard, check.shard.path.name
-    counts = PixelCounts.zero(check.num_classes)
-    problems = [*_file_problems(shard.path, shard.sha256, shard.size)]
-    problems += _file_problems(shard.members_path, shard.members_sha256)
+    shard, counts = check.shard, PixelCounts.zero(check.num_classes)
+    problems = [*_file_problems(shard.path, shard.size, shard.sha256)]
+    problems += _file_problems(shard.members_path, shard.members_size, shard.members_sha256)
     records: NDArray[np.void] | None = None
-    try:
-        records = load_members(shard)
-    except UserError as error:
-        if shard.members_path.is_file():
+    if shard.members_path.is_file():
+        try:
+            records = _load_records(shard)
+        except UserError as error:
             problems.append(Problem(shard.members_path.name, "", str(error)))
     keys = [] if records is None else [bytes(key).decode(errors="replace") for key in records["key"]]
     if not shard.path.is_file():
         return ShardFindings(problems, keys, counts)
-    walked, stop = _walk(shard.path)
+
+    def add(member: str, reason: str) -> None:
+        problems.append(Problem(shard.path.name, printable(member), reason))
+
+    walked, stop = walk(shard.path, at_most=2 * shard.num_samples + _FOREIGN_MEMBERS)
     if stop:
-        problems.append(Problem(tar_name, "", stop))
-    problems += [Problem(tar_name, name, reason) for name, reason in _name_problems(walked)]
+        add("", stop)
+    for name, reason in _name_problems(walked):
+        add(name, reason)
     if records is None:
-        problems += [Problem(tar_name, name, reason) for name, reason in _pair_problems(walked)]
+        for name, reason in _pair_problems(walked, shard.num_samples):
+            add(name, reason)
     else:
-        problems += [Problem(tar_name, name, reason) for name, reason in _order_problems(walked, keys, records)]
-        problems += _sample_problems(check, keys, records, counts)
+        for name, reason in _order_problems(walked, keys, records):
+            add(name, reason)
+        for name, reason in _sample_problems(check, keys, records, counts, advance):
+            add(name, reason)
     return ShardFindings(problems, keys, counts)
 
 
-def _file_problems(path: Path, digest: str, size: int | None = None) -> Iterator[Problem]:
+def printable(name: str) -> str:
+    """A name as it can be shown: what hostile ones hold may steer a terminal, or fill it."""
+    shown = name if name.isprintable() else ascii(name)
+    return shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}... ({len(name)} characters)"
+
+
+def _file_problems(path: Path, size: int, digest: str) -> Iterator[Problem]:
     if not path.is_file():
         yield Problem(path.name, "", "is missing, but the index lists it")
         return
     found = path.stat().st_size
-    if size is not None and found != size:
+    if found != size:
         yield Problem(path.name, "", f"has {found} bytes, but the index says {size}")
-    if sha256(path) != digest:
+    elif sha256(path) != digest:
         yield Problem(path.name, "", "does not have the SHA-256 that the index says: its contents have changed")
 
 
-def _walk(path: Path) -> tuple[list[_Member], str]:
-    """The members as any tar reader comes to them, and why the walk ended early, if it did."""
-    members: list[_Member] = []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                members.append(_Member(info.name, info.offset_data, info.size, info.type))  # noqa: PERF401
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        return members, f"is no whole tar file: after {len(members)} members: {error}"
-    return members, ""
+def _load_records(shard: Shard) -> "NDArray[np.void]":
+    if shard.members_size > _LARGEST_RECORDS:
+        raise UserError(f"{shard.members_size} bytes are more than the records of any shard take")
+    return load_members(shard)
 
 
-def _name_problems(walked: list[_Member]) -> Iterator[tuple[str, str]]:
+def _name_problems(walked: list[Member]) -> Iterator[tuple[str, str]]:
     for member in walked:
         if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
             yield member.name, f"is no regular file (tar type {member.type!r})"
@@ -114,7 +122,10 @@ def _name_problems(walked: list[_Member]) -> Iterator[tuple[str, str]]:
             yield name, f"stands there {times} times"
 
 
-def _pair_problems(walked: list[_Member]) -> Iterator[tuple[str, str]]:
+def _pair_problems(walked: list[Member], num_samples: int) -> Iterator[tuple[str, str]]:
+    if len(walked) != len(_PARTS) * num_samples:
+        needed = f"the {num_samples} samples of the index are {len(_PARTS) * num_samples}"
+        yield "", f"a reader of the tar comes to {len(walked)} members, but {needed}"
     for position, member in enumerate(walked):
         key, _, suffix = member.name.partition(".")
         partner = position + (1 if f".{suffix}" == IMAGE_SUFFIX else -1)
@@ -123,7 +134,7 @@ def _pair_problems(walked: list[_Member]) -> Iterator[tuple[str, str]]:
             yield member.name, f"does not stand beside {expected}, so that readers see a part of a sample"
 
 
-def _order_problems(walked: list[_Member], keys: list[str], records: NDArray[np.void]) -> Iterator[tuple[str, str]]:
+def _order_problems(walked: list[Member], keys: list[str], records: NDArray[np.void]) -> Iterator[tuple[str, str]]:
     expected = [key + suffix for key in keys for _, suffix in _PARTS]
     names = [member.name for member in walked]
     found = {member.name: member for member in walked}
@@ -147,50 +158,63 @@ def _order_problems(walked: list[_Member], keys: list[str], records: NDArray[np.
 
 
 def _sample_problems(
-    check: ShardCheck, keys: list[str], records: NDArray[np.void], counts: PixelCounts
-) -> Iterator[Problem]:
-    path = check.shard.path
-    with path.open("rb") as file:
+    check: ShardCheck, keys: list[str], records: NDArray[np.void], counts: PixelCounts, advance: Advance
+) -> Iterator[tuple[str, str]]:
+    with check.shard.path.open("rb", buffering=0) as file:
         for key, record in zip(keys, records, strict=True):
-            whole = []
+            height, width = int(record["height"]), int(record["width"])
+            sound = height * width <= check.max_pixels
+            if not sound:
+                yield key, f"is recorded with {width}x{height} pixels, but the index allows {check.max_pixels}"
             for part, suffix in _PARTS:
-                file.seek(int(record[f"{part}_offset"]))
-                payload = file.read(int(record[f"{part}_size"]))
-                if zlib.crc32(payload) == record[f"{part}_crc32"]:
-                    whole.append(payload)
-                else:
-                    yield Problem(path.name, key + suffix, "its bytes do not have the checksum of its record")
-            if check.deep and len(whole) == len(_PARTS):
-                size = int(record["height"]), int(record["width"])
-                for suffix, reason in _decode_problems(Sample(key, *whole), size, check.num_classes, counts):
-                    yield Problem(path.name, key + suffix, reason)
+                reason = _payload_problem(file, record, part, check.max_pixels)
+                if reason:
+                    sound = False
+                    yield key + suffix, reason
+            if check.deep and sound:
+                sample = Sample(key, *(_payload(file, record, part) for part, _ in _PARTS))
+                for suffix, reason in _decode_problems(sample, (height, width), check, counts):
+                    yield key + suffix, reason
+            advance(1)
+
+
+def _payload_problem(file: FileIO, record: np.void, part: str, max_pixels: int) -> str:
+    size, offset = int(record[f"{part}_size"]), int(record[f"{part}_offset"])
+    if size > max_bytes(max_pixels):
+        return f"{size} bytes are recorded, more than an image of {max_pixels} pixels takes"
+    checksum = 0
+    # In small blocks, since what the record says of the size may be wrong.
+    for start in range(offset, offset + size, _BLOCK):
+        block = os.pread(file.fileno(), min(_BLOCK, offset + size - start), start)
+        checksum = zlib.crc32(block, checksum)
+        if not block:
+            break
+    return "" if checksum == record[f"{part}_crc32"] else "its bytes do not have the checksum of its record"
+
+
+def _payload(file: FileIO, record: np.void, part: str) -> bytes:
+    return os.pread(file.fileno(), int(record[f"{part}_size"]), int(record[f"{part}_offset"]))
 
 
 def _decode_problems(
-    sample: Sample, size: tuple[int, int], num_classes: int, counts: PixelCounts
+    sample: Sample, size: tuple[int, int], check: ShardCheck, counts: PixelCounts
 ) -> Iterator[tuple[str, str]]:
-    sizes, sound = [], True
+    """By what packing would say of the two files; a sound sample is counted."""
+    image = mask = None
     try:
-        read = read_image(sample.image, _NO_CAP)
-        sizes.append((IMAGE_SUFFIX, read.size))
-        if read.conversions or read.orientation != 1:
-            sound = False
-            yield IMAGE_SUFFIX, f"is no upright RGB JPEG ({', '.join(read.conversions) or 'orientation tag'})"
+        image = read_image(sample.image, check.max_pixels)
+        if image.conversions or image.orientation != 1:
+            yield IMAGE_SUFFIX, f"is no upright RGB JPEG ({', '.join(image.conversions) or 'orientation tag'})"
     except FileProblem as problem:
-        sound = False
         yield IMAGE_SUFFIX, f"{problem.kind}: {problem.detail}"
     try:
-        labels = read_mask(sample.mask, num_classes, _NO_CAP)
-        sizes.append((MASK_SUFFIX, labels.size))
-        if labels.conversion:
-            sound = False
-            yield MASK_SUFFIX, f"is no plain 8-bit gray PNG ({labels.conversion})"
+        mask = read_mask(sample.mask, check.num_classes, check.max_pixels)
+        if mask.conversion:
+            yield MASK_SUFFIX, f"is no plain 8-bit gray PNG ({mask.conversion})"
     except FileProblem as problem:
-        sound = False
         yield MASK_SUFFIX, f"{problem.kind}: {problem.detail}"
-    for suffix, found in sizes:
-        if found != size:
-            sound = False
-            yield suffix, f"is {found[1]}x{found[0]}, but {size[1]}x{size[0]} is recorded"
-    if sound:
-        count_sample(sample, counts)
+    for suffix, read in ((IMAGE_SUFFIX, image), (MASK_SUFFIX, mask)):
+        if read and read.size != size:
+            yield suffix, f"is {read.size[1]}x{read.size[0]}, but {size[1]}x{size[0]} is recorded"
+    if image and mask and image.decoded is not None and image.size == mask.size == size:
+        counts.add_pair(image.decoded, mask.labels)

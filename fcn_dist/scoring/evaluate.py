@@ -14,6 +14,7 @@ from fcn_dist.errors import UserError
 from fcn_dist.model.fcn import FCN
 from fcn_dist.model.upsampling import argmax_upsampled
 from fcn_dist.ranks import Rank
+from fcn_dist.scoring.agreement import raise_together
 from fcn_dist.scoring.metrics import ConfusionMatrix, Scores, score
 
 # What a rank without a sample left feeds the network: any image will do, its answer is dropped.
@@ -35,7 +36,8 @@ def evaluate(
     process, torch.distributed must be initialised; all ranks return the same scores. `advance` is told of
     finished samples.
 
-    Raises UserError if the set's classes do not fit the network's outputs, or a sample is damaged.
+    Raises UserError, on all ranks alike, if the set's classes do not fit the network's outputs, or a sample is damaged:
+    a score of fewer samples would be another score.
     """
     rank = rank or Rank()
     forward = forward or model
@@ -43,12 +45,13 @@ def evaluate(
     label_table = np.frombuffer(shard_set.label_rule(score_other).label_table, np.uint8)
     device = model.score_fr.weight.device
     matrix = ConfusionMatrix(len(shard_set.classes))
+    failures: list[UserError] = []
     was_training = model.training
     model.eval()
     try:
         # Not inference_mode: ZeRO-3 gathers weights into tensors that the next training step uses again.
         with torch.no_grad():
-            for scene in rounds(shard_set, rank, workers):
+            for scene in rounds(shard_set, rank, workers, failures):
                 if scene is None:
                     spare = torch.zeros(1, SPARE_IMAGE_SIZE, SPARE_IMAGE_SIZE, 3, dtype=torch.uint8, device=device)
                     forward(spare, coarse=True)
@@ -59,20 +62,24 @@ def evaluate(
                 advance(1)
     finally:
         model.train(was_training)
+    raise_together(failures[0] if failures else None, rank)
     _sum_over_ranks(matrix, rank, device)
     return score(matrix, shard_set.classes, shard_set.split, len(shard_set), score_other)
 
 
-def rounds(shard_set: ShardSet, rank: Rank, workers: int) -> Iterator[Scene | None]:
+def rounds(shard_set: ShardSet, rank: Rank, workers: int, failures: list[UserError]) -> Iterator[Scene | None]:
     """This rank's scenes, then None until every rank has had equally many.
 
     Under ZeRO-3 each forward gathers weights from all ranks: a rank that stopped early would leave the others
-    waiting for ever.
+    waiting for ever. So an error of the loader is put into `failures`, and the rounds go on.
     """
     count = 0
-    for scene in build_scene_loader(shard_set, rank, workers):
-        yield scene
-        count += 1
+    try:
+        for scene in build_scene_loader(shard_set, rank, workers):
+            yield scene
+            count += 1
+    except UserError as error:
+        failures.append(error)
     for _ in range(count, math.ceil(len(shard_set) / rank.world_size)):
         yield None
 
@@ -82,7 +89,7 @@ def scores_other(model: FCN, shard_set: ShardSet) -> bool:
     classes = len(shard_set.classes)
     if model.num_outputs not in (classes, classes + 1):
         raise UserError(
-            f"the network has {model.num_outputs} outputs, but {shard_set.dir} has {classes} classes; {classes} "
+            f"the network has {model.num_outputs} outputs, but {shard_set.location} has {classes} classes; {classes} "
             f"outputs (or {classes + 1}, with label 0 as a class) are needed; give the shard set it was trained on"
         )
     return model.num_outputs == classes + 1
@@ -93,11 +100,11 @@ def check_classes(classes: tuple[str, ...], shard_set: ShardSet) -> None:
     if classes == shard_set.classes:
         return
     if len(classes) != len(shard_set.classes):
-        found = f"{len(classes)} classes, but {shard_set.dir} has {len(shard_set.classes)}"
+        found = f"{len(classes)} classes, but {shard_set.location} has {len(shard_set.classes)}"
     else:
         pairs = zip(classes, shard_set.classes, strict=True)
         label, (ours, theirs) = next((i, p) for i, p in enumerate(pairs, start=1) if p[0] != p[1])
-        found = f"class {label} {ours!r}, but in {shard_set.dir} it is {theirs!r}"
+        found = f"class {label} {ours!r}, but in {shard_set.location} it is {theirs!r}"
     raise UserError(f"the network was trained on {found}; the same classes are needed; give the shard set it fits")
 
 

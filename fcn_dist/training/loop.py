@@ -1,15 +1,13 @@
 """The loop: batch, forward, backward, step; then log, evaluate and save when they are due."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import torch
 
 from fcn_dist.config import Recipe
-from fcn_dist.data.loader import Batch
 from fcn_dist.data.stream import SampleStream
 from fcn_dist.keys import key64
 from fcn_dist.model.loss import summed_cross_entropy
@@ -19,6 +17,7 @@ from fcn_dist.training.augment import to_device
 from fcn_dist.training.collective import sum_over_ranks
 from fcn_dist.training.deepspeed_config import EngineConfig
 from fcn_dist.training.engine import Engine, loss_scale, set_learning_rate
+from fcn_dist.training.intake import Intake
 from fcn_dist.training.runfolder import Journal
 from fcn_dist.training.schedule import ParameterGroup, learning_rate
 
@@ -40,7 +39,7 @@ class Job:
 def train_steps(
     job: Job,
     engine: Engine,
-    batches: Iterator[Batch],
+    intake: Intake,
     first_step: int,
     progress: TrainingProgress,
     journal: Journal | None,
@@ -53,8 +52,8 @@ def train_steps(
     engine.train()
     for step in range(first_step, job.steps):
         with meter.waiting():
-            micro_batches = list(islice(batches, plan.accumulation))
-        labelled = labelled_pixels(micro_batches, job)
+            micro_batches = intake.take()
+        labelled = intake.agree(step, micro_batches)
         rate = learning_rate(recipe.schedule, job.config.learning_rate, step, job.steps)
         set_learning_rate(engine, job.groups, rate)
         # DeepSpeed averages over ranks and accumulation; the loss is a sum over labelled pixels of all of them.
@@ -87,12 +86,6 @@ def train_steps(
 def due(done: int, every: int, steps: int) -> bool:
     """Whether something at a cadence of `every` steps (0: at the end alone) falls after step `done`."""
     return done == steps or (every > 0 and done % every == 0)
-
-
-def labelled_pixels(micro_batches: list[Batch], job: Job) -> int:
-    """Pixels that are learned from in the whole global batch, at least 1."""
-    count = torch.tensor([sum(batch.labelled for batch in micro_batches)], device=job.device)
-    return max(1, int(sum_over_ranks(count, job.rank)))
 
 
 @dataclass

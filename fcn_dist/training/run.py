@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from fcn_dist.config import Recipe
+from fcn_dist.data.cache import node_cache
 from fcn_dist.data.loader import build_loader
-from fcn_dist.data.shardset import INDEX_NAME, ShardSet
+from fcn_dist.data.remote import is_url
+from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.stream import SampleStream
+from fcn_dist.data.upcoming import check_cache_limit
 from fcn_dist.errors import UserError
-from fcn_dist.files import sha256
 from fcn_dist.keys import Purpose, key64
 from fcn_dist.model.description import ModelDescription
 from fcn_dist.model.fcn import FCN
@@ -22,10 +24,12 @@ from fcn_dist.progress import TrainingProgress
 from fcn_dist.ranks import Rank
 from fcn_dist.scoring.metrics import Scores
 from fcn_dist.training import checkpoint as checkpoints
+from fcn_dist.training.bad_samples import BadSamples
 from fcn_dist.training.checkpoint import Checkpoint
 from fcn_dist.training.collective import device, on_rank_zero, start_ranks
 from fcn_dist.training.deepspeed_config import EngineConfig, resolve
 from fcn_dist.training.engine import build_engine, read_state
+from fcn_dist.training.intake import Intake
 from fcn_dist.training.loop import Job, train_steps
 from fcn_dist.training.periodic import Keeper, Scorer
 from fcn_dist.training.runfolder import (
@@ -40,12 +44,15 @@ from fcn_dist.training.runfolder import (
 )
 from fcn_dist.training.schedule import check_warmup, parameter_groups, total_steps
 
+# How samples are fetched decides nothing of which they are.
+NOT_DECISIVE = {"workers", "max_bad_samples", "cache_dir", "cache_limit", "read_ahead"}
+
 
 @dataclass(frozen=True)
 class RunConfig:
     """What `train` needs to know."""
 
-    shards: Path  # folder with one shard set a split
+    shards: str  # folder or URL with one shard set a split
     output: Path  # the run folder
     recipe: Recipe
     deepspeed: dict[str, Any]  # as read, "auto" not yet resolved
@@ -64,6 +71,7 @@ def train(config: RunConfig) -> Scores | None:
     engine_config = resolve(config.deepspeed, recipe, rank.world_size)
     steps = total_steps(recipe.schedule, len(shard_set), engine_config.plan.global_batch)
     check_warmup(recipe.schedule, steps)
+    check_cache_limit(shard_set, engine_config.plan, recipe.data, rank)
     model, description, filled = build_model(recipe, shard_set)
 
     start_ranks()
@@ -88,28 +96,26 @@ def train(config: RunConfig) -> Scores | None:
         scorer = Scorer(model, engine, validation, job, progress, journal, found.state.scores if found else None)
         if journal:
             journal.write("start", first_step, world_size=rank.world_size, command=record.command)
+        bad_samples = BadSamples(recipe.data.max_bad_samples, rank, progress, journal)
+        intake = Intake(batches, engine_config.plan.accumulation, rank, job.device, bad_samples)
         train_steps(
-            job,
-            engine,
-            batches,
-            first_step,
-            progress,
-            journal,
-            scorer,
-            lambda done: keeper.save(done, scorer.summary),
+            job, engine, intake, first_step, progress, journal, scorer, lambda done: keeper.save(done, scorer.summary)
         )
+        if summary := bad_samples.summary():
+            progress.say(summary)
     return scorer.last
 
 
 def open_splits(config: RunConfig) -> tuple[ShardSet, ShardSet | None]:
     """The training split, and the one to evaluate on unless the recipe never does."""
-    shard_set = ShardSet.open(config.shards, TRAINING_SPLIT)
-    evaluation = config.recipe.evaluate
+    data, evaluation = config.recipe.data, config.recipe.evaluate
+    cache = node_cache(data.cache_dir, data.cache_limit) if is_url(config.shards) else None
+    shard_set = ShardSet.open(config.shards, TRAINING_SPLIT, cache)
     if not evaluation.every and not evaluation.at_end:
         return shard_set, None
-    validation = ShardSet.open(config.shards, evaluation.split)
+    validation = ShardSet.open(config.shards, evaluation.split, cache)
     if validation.classes != shard_set.classes:
-        raise UserError(f"{validation.dir} has other classes than {shard_set.dir}; pack both splits together")
+        raise UserError(f"{validation.location} has other classes than {shard_set.location}; pack both splits together")
     return shard_set, validation
 
 
@@ -142,8 +148,8 @@ def run_record(
         recipe=config.recipe.as_dict(),
         deepspeed=engine_config.values,
         model=description.as_dict(),
-        shards=str(config.shards.resolve()),
-        index_sha256={split.split: sha256(split.dir / INDEX_NAME) for split in splits},
+        shards=config.shards if is_url(config.shards) else str(Path(config.shards).resolve()),
+        index_sha256={split.split: split.index_sha256 for split in splits},
         world_size=engine_config.plan.world_size,
         steps=steps,
         global_batch=engine_config.plan.global_batch,
@@ -177,7 +183,7 @@ def refuse_another_run(before: RunRecord, now: RunRecord, run_dir: Path) -> None
     def decisive(record: RunRecord) -> dict[str, Any]:
         recipe = record.recipe
         return {
-            **{f"data.{key}": value for key, value in recipe["data"].items() if key != "workers"},
+            **{f"data.{key}": value for key, value in recipe["data"].items() if key not in NOT_DECISIVE},
             **{f"model.{key}": value for key, value in recipe["model"].items() if key != "weights"},
             "train.seed": recipe["train"]["seed"],
             "the global batch": record.global_batch,

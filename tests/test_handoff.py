@@ -1,0 +1,93 @@
+"""The hand-off: a slot is filled again only after it has been copied out, across real processes."""
+
+import gc
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from colour_scenes import write_colour_scenes
+
+from fcn_dist.config import DataConfig
+from fcn_dist.data import loader
+from fcn_dist.data.handoff import Place, Slots
+from fcn_dist.data.loader import build_loader
+from fcn_dist.data.packing import pack
+from fcn_dist.data.shardset import ShardSet
+from fcn_dist.data.stream import SampleStream
+from fcn_dist.ranks import BatchPlan
+
+CROP = (8, 12)
+
+
+def test_a_slot_is_free_until_as_many_batches_as_there_are_slots_are_not_copied() -> None:
+    slots = Slots(workers=2, slots=3, micro_batch=2, crop=CROP)
+    assert [slots.free(Place(1, number)) for number in range(5)] == [True, True, True, False, False]
+    slots.take(Place(1, 0), pin_memory=False)
+    assert [slots.free(Place(1, number)) for number in range(5)] == [True, True, True, True, False]
+    assert not slots.free(Place(0, 3))  # of another process
+
+
+def test_what_is_taken_is_a_copy_and_what_a_child_writes_is_seen() -> None:
+    slots = Slots(workers=1, slots=2, micro_batch=2, crop=CROP)
+    child = os.fork()
+    if not child:
+        images, targets = slots.arrays(Place(0, 1))
+        images[:] = 7
+        targets[:] = 9
+        os._exit(0)
+    os.waitpid(child, 0)
+    images, targets = slots.take(Place(0, 1), pin_memory=False)
+    slots.arrays(Place(0, 1))[0][:] = 0
+    assert images.shape == (2, *CROP, 3) and (images == 7).all()
+    assert targets.shape == (2, *CROP) and (targets == 9).all()
+    assert images.dtype == targets.dtype == torch.uint8
+
+
+@pytest.fixture(scope="module")
+def shard_set(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    root = tmp_path_factory.mktemp("handoff")
+    (packed,) = pack(write_colour_scenes(root / "scenes", 10), root / "shards", ["training"], workers=1)
+    return packed
+
+
+def batches_of(shard_set: ShardSet, workers: int) -> "list[tuple[torch.Tensor, torch.Tensor]]":
+    plan, config = BatchPlan(2, 2, 1, 1), DataConfig(crop=CROP, workers=workers)
+    batches = build_loader(shard_set, SampleStream(shard_set, 0), plan, config, 0, range(60))
+    return [(batch.images, batch.targets) for batch in batches]
+
+
+@pytest.mark.timeout(60)
+def test_batches_that_are_kept_are_never_written_over(shard_set: ShardSet) -> None:
+    kept, reference = batches_of(shard_set, 2), batches_of(shard_set, 0)
+    assert len(kept) == 60  # many times as many as there are slots
+    for ours, expected in zip(kept, reference, strict=True):
+        assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1])
+
+
+@pytest.mark.timeout(60)
+def test_a_loader_process_that_finds_no_slot_free_passes_the_batch_on_all_the_same(
+    shard_set: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader.Slots, "free", lambda slots, place: place.number % 3 == 0)
+    mixed, reference = batches_of(shard_set, 1), batches_of(shard_set, 0)
+    for ours, expected in zip(mixed, reference, strict=True):
+        assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1])
+
+
+def anonymous_shared_bytes() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss_Shmem:")) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="no /proc/self/smaps_rollup")
+def test_the_memory_is_given_back_with_the_last_reference() -> None:
+    gc.collect()
+    before = anonymous_shared_bytes()
+    slots = Slots(workers=1, slots=2, micro_batch=16, crop=(512, 512))
+    for number in (0, 1):
+        slots.arrays(Place(0, number))[0][:] = 1
+    assert anonymous_shared_bytes() - before > 20_000_000
+    del slots
+    gc.collect()
+    assert anonymous_shared_bytes() - before < 1_000_000
