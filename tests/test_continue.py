@@ -245,6 +245,19 @@ def test_a_set_that_was_finished_but_not_tidied_is_whole(scenes: Path, out: Path
     assert tree_bytes(out) == whole
 
 
+def test_an_overwriting_run_that_was_interrupted_leaves_no_index_on_foreign_shards(
+    scenes: Path, out: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(scenes, out, ("training",), workers=1, samples_per_shard=3)
+    with monkeypatch.context() as patch:
+        end_after(patch, 1, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            pack(scenes, out, ("training",), workers=1, samples_per_shard=2, overwrite=True)
+    assert not (out / "training" / "index.json").exists()
+    assert report(scenes, out).kept == 1
+    assert tree_bytes(out) == whole
+
+
 # --- one at a time --------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -176,6 +177,10 @@ def test_what_holds_no_parts_is_refused(scenes: Path, tmp_path: Path, whole: dic
     with pytest.raises(UserError, match="whole/training already holds a shard set"):
         merge(tmp_path / "whole", parts)
     assert tree_bytes(tmp_path / "whole") == whole
+    shutil.rmtree(tmp_path / "whole" / "training")
+    with pytest.raises(UserError, match="whole/validation already holds a shard set"):
+        merge(tmp_path / "whole", parts)
+    assert not (tmp_path / "whole" / "training").exists(), "nothing is copied before all is known"
 
 
 def test_merging_waits_for_no_part_that_is_still_at_work(scenes: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -191,15 +192,22 @@ def test_leftovers_of_a_killed_run_are_replaced_and_foreign_files_kept(make_scen
     assert (folder / "other-000000.tar").exists()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: path.write_bytes(path.read_bytes() + b"more"),
+        lambda path: path.write_bytes(path.read_bytes()[::-1]),
+        lambda path: os.utime(path, ns=(1, 1)),
+    ],
+)
 def test_a_file_that_changes_while_the_set_is_packed_is_noticed(
-    make_scenes: MakeScenes, out: Path, monkeypatch: pytest.MonkeyPatch
+    make_scenes: MakeScenes, out: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], object]
 ) -> None:
     scenes = make_scenes(n=3)
 
     def list_then_change(scenes_dir: Path, split: str) -> tuple[list[Pair], list[Problem]]:
         found = find_pairs(scenes_dir, split)
-        with (scenes / "images/training/training_0001.jpg").open("ab") as file:
-            file.write(b"more")
+        change(scenes / "images/training/training_0001.jpg")
         return found
 
     monkeypatch.setattr(packing, "find_pairs", list_then_change)

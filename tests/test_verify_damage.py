@@ -197,16 +197,24 @@ def test_headers_with_false_sizes_cost_no_memory_and_no_time(packed: Path, tar: 
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("size", [500 * MB, 2**32 - 1])
-def test_records_with_false_sizes_cost_no_memory(packed: Path, tar: Path, size: int) -> None:
+@pytest.mark.parametrize(("size", "right"), [(500 * MB, False), (700 * MB, True), (2**32 - 1, False)])
+def test_records_with_false_sizes_cost_no_memory(packed: Path, tar: Path, size: int, right: bool) -> None:
+    """Even if the bytes are there and have the checksum that is recorded."""
+    start = tar.stat().st_size
     with tar.open("r+b") as file:
-        file.truncate(5 * 1024 * MB)
+        file.truncate(start + size)  # a hole
     records = np.load(packed / "training" / MEMBERS)
     records["image_size"][1] = size
+    if right:
+        records["image_offset"][1], checksum = start, 0
+        for _ in range(size // MB):
+            checksum = crc32(bytes(MB), checksum)
+        records["image_crc32"][1] = checksum
     np.save(packed / "training" / MEMBERS, records)
-    change_index(packed, filesize=5 * 1024 * MB + 1)  # so that it need not be hashed
+    change_index(packed, filesize=start + size + 1)  # so that it need not be hashed
     found, memory = problems_and_memory(packed)
-    assert any(f"{TAR} {B_JPG}: " in line and "recorded" in line for line in found), found
+    reason = "more than an image of" if size > 2**29 + 16 * MB else "checksum of its record"
+    assert any(f"{TAR} {B_JPG}: " in line and reason in line for line in found), found
     assert memory < 60
 
 

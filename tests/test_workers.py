@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -128,3 +130,49 @@ def test_progress_is_shown_with_rate_and_time_left_on_a_terminal_alone(tmp_path:
     os.close(terminal)
     for words in (b"packing", b"2000/4000", b"/s", b"0:00:"):
         assert words in shown, shown[-500:]
+
+
+def _group_members(group: int) -> list[int]:
+    """The processes of a group that are not zombies."""
+    members = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state, _, in_group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(in_group) == group and state != "Z":
+                members.append(int(folder.name))
+    return members
+
+
+def test_workers_end_in_the_midst_of_a_job_once_their_parent_is_dead(tmp_path: Path) -> None:
+    (tmp_path / "endless.py").write_text(
+        textwrap.dedent(
+            """
+            from pathlib import Path
+
+            from fcn_dist.data.workers import map_in_processes
+
+            def endless(job, advance):
+                Path(f"{job}.begun").touch()
+                while True:
+                    advance(1)
+
+            if __name__ == "__main__":
+                map_in_processes(endless, ["a", "b", "c"], 3, "endless")
+            """
+        )
+    )
+    with subprocess.Popen([sys.executable, "endless.py"], cwd=tmp_path, start_new_session=True) as process:
+        try:
+            _until(lambda: len(list(tmp_path.glob("*.begun"))) == 3)
+            process.kill()
+            process.wait(30)
+            _until(lambda: not _group_members(process.pid))
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "it has not come to it"

@@ -1,7 +1,7 @@
 """Member records: where in its tar each sample of a shard lies, so that any sample is read directly.
 
-Beside each `NAME.tar` lies `NAME.members.npy`, one record a sample. Kept there, and not in the index, they grow with the
-shard and not with the data set.
+Beside each `NAME.tar` lies `NAME.members.npy`, one record a sample. Kept there, and not in the index, they grow with
+the shard and not with the data set.
 """
 
 from io import BytesIO

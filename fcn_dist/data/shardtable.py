@@ -71,6 +71,10 @@ class ShardTable(Sequence[Shard]):
             self._cache,
         )
 
+    def equal(self, records: "NDArray[np.void]") -> bool:
+        """Whether these are the same shards."""
+        return bool(self._records.dtype == records.dtype and np.array_equal(self._records, records))
+
     def first_sample(self, number: int) -> int:
         """The index of the first sample of a shard."""
         return int(self._records[number]["first"])

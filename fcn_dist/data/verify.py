@@ -1,5 +1,6 @@
 """A folder of shard sets in; everything in it that is not as it was packed out."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 from fcn_dist.data.pixel_counts import PixelCounts
 from fcn_dist.data.shard import INDEX_NAME
 from fcn_dist.data.shardset import ShardSet
+from fcn_dist.data.shardtable import TABLE_NAME, records_of
 from fcn_dist.data.verify_shard import Problem, ShardCheck, printable, verify_shard
 from fcn_dist.data.workers import check_workers, map_in_processes
 from fcn_dist.errors import UserError
@@ -57,6 +59,7 @@ def _verify_split(folder: Path, deep: bool, workers: int) -> SplitReport:
     report.num_samples, report.num_shards = len(shard_set), len(shard_set.shards)
     report.num_bytes = sum(shard.size for shard in shard_set.shards)
     report.problems += _unlisted_files(shard_set)
+    report.problems += _table_problems(shard_set)
 
     jobs = [ShardCheck(shard, len(shard_set.classes), shard_set.max_pixels, deep) for shard in shard_set.shards]
     samples = [shard.num_samples for shard in shard_set.shards]
@@ -85,6 +88,18 @@ def _unlisted_files(shard_set: ShardSet) -> Iterator[Problem]:
         ours = path.name.endswith((".tar", ".members.npy", ".partial"))
         if ours and path.name not in listed:
             yield Problem(path.name, "", f"is not in {INDEX_NAME}: an extra shard, or one of an unfinished run")
+
+
+def _table_problems(shard_set: ShardSet) -> Iterator[Problem]:
+    """A long index is read by its table: here it is held against the list that other readers see."""
+    path = shard_set.dir / TABLE_NAME
+    try:
+        listed = records_of(json.loads((shard_set.dir / INDEX_NAME).read_bytes())["shardlist"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield Problem(INDEX_NAME, "", f"its list of shards cannot be read ({error!r})")
+        return
+    if not shard_set.shards.equal(listed):
+        yield Problem(path.name, "", f"lists other shards than {INDEX_NAME} does")
 
 
 def _count_problems(shard_set: ShardSet, counts: PixelCounts) -> Iterator[Problem]:

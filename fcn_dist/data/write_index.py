@@ -9,7 +9,8 @@ from fcn_dist.data.pixel_counts import PixelCounts
 from fcn_dist.data.receipts import RECORDED_KEYS, Receipt, shard_entry
 from fcn_dist.data.shard import INDEX_NAME
 from fcn_dist.data.shardset import FORMAT_VERSION, INDEX_KIND
-from fcn_dist.files import write_text
+from fcn_dist.data.shardtable import HEAD_SIZE, TABLE_NAME, records_of, totals_of, write_table
+from fcn_dist.files import replacing, write_text
 
 
 def write_index(split_dir: Path, plan: dict[str, Any], receipts: Sequence[Receipt]) -> None:
@@ -42,9 +43,28 @@ def write_index(split_dir: Path, plan: dict[str, Any], receipts: Sequence[Receip
             "conversions": _conversions(receipts),
         },
     }
-    # One field a line, so that a person can read it and a list of 150 numbers does not fill three screens.
-    fields = (f"{json.dumps(name)}: {json.dumps(value, sort_keys=True)}" for name, value in sorted(index.items()))
-    write_text(split_dir / INDEX_NAME, "{\n" + ",\n".join(fields) + "\n}\n")
+    write_fields(split_dir, index)
+
+
+def write_fields(split_dir: Path, index: dict[str, Any]) -> None:
+    """Write an index, and the table of its shards beside it if it is long."""
+    text = _text(index)
+    if len(text) > HEAD_SIZE:
+        records = records_of(index["shardlist"])
+        with replacing(split_dir / TABLE_NAME) as partial:
+            digest, size = write_table(partial, records), partial.stat().st_size
+        text = _text({**index, "shard_table": {"filesize": size, "sha256": digest, "totals": totals_of(records)}})
+    write_text(split_dir / INDEX_NAME, text)
+
+
+def _text(index: dict[str, Any]) -> str:
+    """One field a line, so that a person can read it and a list of 150 numbers does not fill three screens.
+
+    The shards, which may be many, come last.
+    """
+    names = sorted(index, key=lambda name: (name == "shardlist", name))
+    fields = (f"{json.dumps(name)}: {json.dumps(index[name], sort_keys=True)}" for name in names)
+    return "{\n" + ",\n".join(fields) + "\n}\n"
 
 
 def _conversions(receipts: Sequence[Receipt]) -> dict[str, Any]:
