@@ -115,15 +115,16 @@ def crop_into(window: CropWindow, image: Pixels, mask: Pixels, image_out: Pixels
     `image` is decoded at 1/`window.reduction`, `mask` at its full size.
     """
     height, width = window.size
-    target = (
-        slice(window.offset[0], window.offset[0] + height),
-        slice(window.offset[1], window.offset[1] + width),
-    )
+    top, left = window.offset
     part = image[window.reduced_source]
-    shrinks = height < part.shape[0] or width < part.shape[1]
-    image_out[target] = cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    # From half the size on, bilinear interpolation still reads every pixel, at a quarter of the time of an average.
+    averages = 2 * height < part.shape[0] or 2 * width < part.shape[1]
+    interpolation = cv2.INTER_AREA if averages else cv2.INTER_LINEAR
+    cv2.resize(part, (width, height), image_out[top : top + height, left : left + width], interpolation=interpolation)
     # The "exact" form samples at pixel centres, as the image's interpolation does; the plain one is half a pixel off.
-    mask_out[target] = cv2.resize(mask[window.source], (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+    mask_out[top : top + height, left : left + width] = cv2.resize(
+        mask[window.source], (width, height), interpolation=cv2.INTER_NEAREST_EXACT
+    )
 
 
 def _imdecode(payload: bytes, flags: int) -> Pixels | None:
