@@ -33,7 +33,7 @@ PEERS = (
 )
 CROPS = {
     "Pillow": "Pillow decodes, resizes the whole and crops",
-    "our crop": "our decoding, our crop before the resize, mirrored in the worker",
+    "our crop": "our decoding, and our crop before the resize",
     "no decoding": "reads and hands over, always the same crop",
 }
 
@@ -90,23 +90,16 @@ def contenders(data: dict[str, str], problems: dict[str, str], args: argparse.Na
 
     return {
         "loading": [
-            ours("ours", "build_loader, mirrored on the device, which is the CPU here"),
-            ours("ours, not mirrored", "what is left to the host if the device is a GPU", flip=False),
+            ours("ours", "build_loader"),
             *peers("Pillow"),
             *peers("our crop"),
         ],
         "parts": [
             alone("decoding alone", "bytes in memory, plain processes, no loader", crop=False),
             alone("decoding and cropping alone", "the same, and cropped into one batch", crop=True),
-            ours("ours, no decoding", "reads, checks and hands over; mirrored", without="decoding", **long),
+            ours("ours, no decoding", "reads, checks and hands over", without="decoding", **long),
             *peers("no decoding"),
-            ours(
-                "ours, only handing over",
-                "batches are made and handed over; not mirrored",
-                without="reading",
-                flip=False,
-                **long,
-            ),
+            ours("ours, only handing over", "batches are made and handed over", without="reading", **long),
             Contender(
                 "torch, only handing over", "loading_peers:hand_over", loaded | long, "DataLoader with one same batch"
             ),

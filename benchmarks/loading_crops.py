@@ -60,9 +60,6 @@ def with_ours(image: bytes, mask: bytes) -> Crop:
     image_out = np.full((SIZE, SIZE, 3), GREY[0], np.uint8)
     mask_out = np.zeros((SIZE, SIZE), np.uint8)
     cut(Sample("", image, mask), random.getrandbits(32), image_out, mask_out)
-    if random.random() < CONFIG.flip:
-        cv2.flip(image_out, 1, image_out)
-        cv2.flip(mask_out, 1, mask_out)
     return image_out, mask_out - np.uint8(1)
 
 

@@ -13,7 +13,6 @@ from unittest.mock import patch
 
 import cv2
 import numpy as np
-import torch
 from loading_crops import CONFIG, SEED, SIZE, constant, cut
 from loading_peers import BATCH, rate
 
@@ -23,7 +22,6 @@ from fcn_dist.data.loader import Batch, build_loader
 from fcn_dist.data.shard import Sample
 from fcn_dist.data.transforms import decode
 from fcn_dist.ranks import BatchPlan
-from fcn_dist.training.augment import to_device
 
 SPLIT = "training"
 ENDLESS = 10**6  # steps
@@ -52,19 +50,13 @@ def batches_from(data: str, workers: int, first: int = 0, last: int = ENDLESS) -
     return build_loader(shard_set, SampleStream(shard_set, SEED), plan, config, 0, range(first, last))
 
 
-def trained_on(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and labels as the network gets them: what the peers do in their workers, ours does on the device."""
-    return to_device(batch, CONFIG, SEED, torch.device("cpu"))
-
-
-def load(data: str, workers: int, warmup: int, batches: int, flip: bool = True, without: str = "") -> dict[str, float]:
+def load(data: str, workers: int, warmup: int, batches: int, without: str = "") -> dict[str, float]:
     """Images a second of our loader; `without` "decoding", or "reading" as well, those parts are left out."""
     with ExitStack() as stack:
         for change in _left_out(without):
             stack.enter_context(change)
         loader = batches_from(data, workers)
-        pairs = map(trained_on, loader) if flip else ((batch.images, batch.targets) for batch in loader)
-        return rate(pairs, warmup, batches)
+        return rate(((batch.images, batch.targets) for batch in loader), warmup, batches)
 
 
 def _left_out(without: str) -> Iterator[Any]:
@@ -84,7 +76,7 @@ def first_batches(data: str, workers: int, tries: int) -> dict[str, list[float]]
         for where, step in (("start", 0), ("middle", middle)):
             started = time.perf_counter()
             loader = batches_from(data, workers, step)
-            trained_on(next(loader))
+            next(loader)
             if number >= 0:
                 times[where].append((time.perf_counter() - started) * 1e3)
             del loader

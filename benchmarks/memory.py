@@ -21,9 +21,9 @@ from fcn_dist.errors import UserError
 SETTLED = 3  # the epoch from which growth is counted: buffers and pools are at their size by then
 
 
-def measure(data: str, workers: int, epochs: int, trains: bool) -> dict[str, Any]:
-    """Megabytes of the main process and of the loader's after each epoch; `trains`: batches are mirrored on the CPU."""
-    from loading_ours import batches_from, num_samples, trained_on
+def measure(data: str, workers: int, epochs: int) -> dict[str, Any]:
+    """Megabytes of the main process and of the loader's after each epoch."""
+    from loading_ours import batches_from, num_samples
     from loading_peers import BATCH
 
     samples = num_samples(data)
@@ -31,9 +31,7 @@ def measure(data: str, workers: int, epochs: int, trains: bool) -> dict[str, Any
     loader = batches_from(data, workers)  # endless: loader processes that have no more to do would give memory back
     figures: dict[str, Any] = {"samples": samples, "main": [], "workers": [], "processes": []}
     for step in range(1, ends[-1] + 1):
-        batch = next(loader)
-        if trains:
-            trained_on(batch)
+        next(loader)
         if step in ends:
             main, others = held()
             figures["main"].append(main)
@@ -74,24 +72,21 @@ def main(argv: list[str]) -> None:
 def _run(args: argparse.Namespace, scratch: Path) -> None:
     data = scratch / "shards"
     options = {"data": str(data / "training"), "workers": args.workers, "epochs": args.epochs}
-    contenders = [
-        Contender("loader alone", "memory:measure", options | {"trains": False}, needs="psutil"),
-        Contender("loader, batches mirrored on the CPU", "memory:measure", options | {"trains": True}, needs="psutil"),
-    ]
-    if problem := missing(contenders[0]):
+    contender = Contender("loader", "memory:measure", options, needs="psutil")
+    if problem := missing(contender):
         raise UserError(problem)
     try:
         written = {"scenes": str(args.scenes), "out": str(data)}
         run_once(Contender("pack", "loading_ours:write_shards", written), scratch)
-        measured = [Measured(contender, [run_once(contender, scratch)]) for contender in contenders]
+        measured = Measured(contender, [run_once(contender, scratch)])
     except Failed as failure:
         raise UserError(f"the measurement failed:\n{failure}") from failure
     facts = {
-        "scenes": f"{args.scenes.resolve().name}, {measured[0].rounds[0]['samples']} pairs",
+        "scenes": f"{args.scenes.resolve().name}, {measured.rounds[0]['samples']} pairs",
         "workers": args.workers,
-        **{f"{one.contender.name}, growth from epoch {SETTLED} to {args.epochs}": _growth(one) for one in measured},
+        f"growth from epoch {SETTLED} to {args.epochs}": _growth(measured),
     }
-    write_report(args.output, f"memory-{args.scenes.resolve().name}", facts, list(map(_table, measured)), measured)
+    write_report(args.output, f"memory-{args.scenes.resolve().name}", facts, [_table(measured)], [measured])
 
 
 def _totals(measured: Measured) -> list[float]:
@@ -111,8 +106,11 @@ def _table(measured: Measured) -> Table:
         (str(epoch), *(f"{value:,.1f}" for value in values), str(processes))
         for epoch, (values, processes) in enumerate(zip(columns, figures["processes"], strict=True), 1)
     ]
-    title = f"memory after each epoch (PSS): {measured.contender.name}"
-    return Table(title, ("epoch", "all, MB", "main process", "loader processes", "processes"), tuple(rows))
+    return Table(
+        "memory after each epoch (PSS)",
+        ("epoch", "all, MB", "main process", "loader processes", "processes"),
+        tuple(rows),
+    )
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def test_what_holds_no_parts_is_refused(scenes: Path, tmp_path: Path, whole: dic
 def test_merging_waits_for_no_part_that_is_still_at_work(scenes: Path, tmp_path: Path) -> None:
     out = pack_to(scenes, tmp_path / "out", (1, 1))
     refused = pytest.raises(UserError, match="is being packed by another run")
-    with claimed(out / "training", None, overwrite=False), refused:
+    with claimed(out / "training", {}, None, overwrite=False), refused:
         merge(out)
     assert len(merge(out)) == 2
 

@@ -68,6 +68,11 @@ def test_a_store_that_is_read_without_an_event_loop_is_read_as_well(monkeypatch:
     assert read("plain-store://a.tar") == DATA
     assert read("plain-store://a.tar", len(DATA) + 1) == DATA
     assert read_url("plain-store://a.tar", len(DATA)) == DATA
+    PlainStore.asked.clear()
+    assert read_url("plain-store://a.tar", 9 * len(DATA)) == DATA
+    assert PlainStore.asked == [0, 1_000_000, 2_000_000, 3_000_000], "what ends short is not asked for more"
+    PlainStore.most = 300_000
+    assert read("plain-store://a.tar") == DATA, "but what is known to be longer is"
     with pytest.raises(UserError, match=r"plain-store://b\.tar cannot be read \(no such file\)"):
         read("plain-store://b.tar")
 
@@ -75,6 +80,12 @@ def test_a_store_that_is_read_without_an_event_loop_is_read_as_well(monkeypatch:
 class PlainStore(MemoryFileSystem):  # type: ignore[misc]
     protocol = "plain-store"
     store: ClassVar[dict[str, Any]] = {}
+    asked: ClassVar[list[int]] = []
+    most = 10**9  # bytes it gives at a time
+
+    def cat_file(self, path: str, start: int, end: int) -> bytes:
+        self.asked.append(start)
+        return bytes(super().cat_file(path, start=start, end=min(end, start + self.most)))
 
 
 def read_and_collect(url: str, size: int) -> None:

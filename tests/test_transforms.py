@@ -134,7 +134,7 @@ def test_factors_are_log_uniform_and_places_reach_both_ends() -> None:
 def test_a_scene_at_factor_one_is_cut_out_pixel_by_pixel() -> None:
     rng = np.random.default_rng(0)
     image, mask = rng.integers(0, 256, (40, 50, 3), np.uint8), rng.integers(0, 5, (40, 50), np.uint8)
-    config = DataConfig(crop=(16, 20), scale=(1.0, 1.0))
+    config = DataConfig(crop=(16, 20), scale=(1.0, 1.0), flip=0)
     for position in range(30):
         window = draw_window(generator(1, position, Purpose.CROP), 40, 50, config)
         image_out, mask_out = place(window, image, mask, config.crop)
@@ -305,6 +305,34 @@ def test_a_record_of_more_pixels_than_its_set_has_is_refused() -> None:
     sample = Sample("a", bomb_jpeg(60_000), bomb_png(60_000))
     with pytest.raises(DamagedSample, match="recorded with 60000x60000 pixels, more than the 1048576"):
         check_size(sample, (60_000, 60_000), 1 << 20)
+
+
+# ---- mirroring
+
+
+def test_a_mirrored_crop_is_the_same_crop_left_to_right_image_mask_and_padding_alike() -> None:
+    rng = np.random.default_rng(0)
+    image, mask = rng.integers(0, 256, (40, 50, 3), np.uint8), rng.integers(0, 5, (40, 50), np.uint8)
+    config = DataConfig(crop=(48, 44), scale=(0.6, 1.2), flip=1.0)
+    for position in range(20):
+        window = draw_window(generator(1, position, Purpose.CROP), 40, 50, config)
+        assert window.mirrored
+        image_out, mask_out = place(window, image, mask, config.crop)
+        plain_image, plain_mask = place(dataclasses.replace(window, mirrored=False), image, mask, config.crop)
+        assert (image_out == plain_image[:, ::-1]).all() and (mask_out == plain_mask[:, ::-1]).all()
+
+
+def test_as_many_are_mirrored_as_the_setting_says_whatever_else_is_drawn() -> None:
+    config = DataConfig(crop=(40, 50), scale=(0.5, 2.0), flip=0.25)
+    windows = [draw_window(generator(0, p, Purpose.CROP), 100, 100, config) for p in range(2000)]
+    mirrored = np.array([window.mirrored for window in windows])
+    assert 0.22 < mirrored.mean() < 0.28
+    starts = np.array([window.source[1].start for window in windows])
+    assert abs(np.corrcoef(mirrored, starts)[0, 1]) < 0.08
+    never = [
+        draw_window(generator(0, p, Purpose.CROP), 100, 100, dataclasses.replace(config, flip=0)) for p in range(99)
+    ]
+    assert not any(window.mirrored for window in never)
 
 
 def test_a_window_is_a_value_that_cannot_be_changed() -> None:

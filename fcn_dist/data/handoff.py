@@ -45,10 +45,12 @@ class Slots:
 
     def take(self, place: Place, pin_memory: bool) -> tuple[Tensor, Tensor]:
         """Copies of both, in page-locked memory if `pin_memory`; the slot is free afterwards."""
-        images, targets = (torch.from_numpy(array) for array in self.arrays(place))
-        copies = (images.pin_memory(), targets.pin_memory()) if pin_memory else (images.clone(), targets.clone())
+        # By NumPy, on one thread: torch copies on all, and waits for the one whose core a loader process has.
+        images, targets = (torch.from_numpy(array if pin_memory else array.copy()) for array in self.arrays(place))
+        if pin_memory:
+            images, targets = images.pin_memory(), targets.pin_memory()
         self._copied[place.worker] = place.number + 1
-        return copies
+        return images, targets
 
 
 def _shared(shape: tuple[int, ...], dtype: type) -> "np.ndarray[tuple[int, ...], np.dtype[np.generic]]":

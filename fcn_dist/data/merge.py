@@ -62,11 +62,13 @@ def merge(out: Path | str, *sources: Path | str, workers: int | None = None) -> 
     found = [_find(split, out_dir, folders) for split in splits]
     for one in found:
         _merge_split(one, workers)
+    # Only now: a merge that ends before goes on with all splits alike.
+    for one in found:
+        close_work(one.split_dir)
     return [ShardSet.open(out_dir, split) for split in splits]
 
 
 def _find(split: str, out_dir: Path, folders: list[Path]) -> _Found:
-    refuse_finished(out_dir / split, overwrite=False)
     plans = {folder / split: plan for folder in folders if (plan := read_plan(folder / split)) is not None}
     (first, plan), *others = plans.items()
     for other, its_plan in others:
@@ -76,6 +78,7 @@ def _find(split: str, out_dir: Path, folders: list[Path]) -> _Found:
                 f"{other} was planned with {' and '.join(differences)} than {first}; parts of one plan are needed; "
                 "pack those parts again with the same command, scenes and environment"
             )
+    refuse_finished(out_dir / split, plan, overwrite=False)
     receipts = []
     strange: list[tuple[int, Receipt]] = []
     missing: list[int] = []
@@ -134,7 +137,7 @@ def _merge_split(found: _Found, workers: int) -> None:
     split_dir = found.split_dir
     elsewhere = [receipt.shard for receipt in found.receipts if receipt.shard.path.parent != split_dir]
     needed = sum(shard.size + shard.members_size for shard in elsewhere)
-    with writing(split_dir, needed), claimed(split_dir, None, overwrite=False):
+    with writing(split_dir, needed), claimed(split_dir, found.plan, None, overwrite=False):
         write_plan(split_dir, found.plan)
         jobs = [_Take(receipt, split_dir) for receipt in found.receipts]
         samples = [receipt.shard.num_samples for receipt in found.receipts]
@@ -145,7 +148,6 @@ def _merge_split(found: _Found, workers: int) -> None:
                 f"packed: {named(problems)}; run create with their parts again, which packs what is damaged"
             )
         write_index(split_dir, found.plan, found.receipts)
-        close_work(split_dir)
 
 
 def _take(job: _Take, advance: Advance) -> str:

@@ -91,8 +91,10 @@ def pack_scenes(
             f"{scenes_dir} {state}; a folder with images/SPLIT, annotations/SPLIT and objectInfo150.txt is needed; "
             "check the path"
         )
-    _check_destinations(scenes_dir, out_dir, splits, overwrite)
+    _check_destinations(scenes_dir, out_dir, splits)
     plans, problems = _plan(scenes_dir, splits, options)
+    for plan in plans:
+        refuse_finished(out_dir / plan.split, plan.noted(), overwrite)
     if problems:
         jobs = [job for plan in plans for job in _jobs(out_dir, plan, None, write=False)]
         for result in _run(jobs, workers):
@@ -135,7 +137,9 @@ def _pack(scenes_dir: Path, out_dir: Path, plans: list[SplitPlan], part: Part | 
                 split_dir = out_dir / plan.split
                 receipts = [done[split_dir / shard.name].receipt for shard in plan.shards]
                 write_index(split_dir, plan.noted(), [receipt for receipt in receipts if receipt])
-                close_work(split_dir)
+            # Only now: a run that ends before goes on with all splits alike.
+            for plan in plans:
+                close_work(out_dir / plan.split)
     shard_sets = [] if part else [ShardSet.open(out_dir, plan.split) for plan in plans]
     kept = sum(result.kept for result in results)
     return PackReport(shard_sets, sum(len(job.plan.pairs) for job in jobs), len(jobs), kept)
@@ -161,10 +165,11 @@ def _claims(out_dir: Path, plans: list[SplitPlan], part: Part | None, overwrite:
     with ExitStack() as claims:
         made: dict[Path, list[Path]] = {}
         try:
-            for split_dir in (out_dir / plan.split for plan in plans):
+            for plan in plans:
+                split_dir = out_dir / plan.split
                 missing = [folder for folder in (split_dir, *split_dir.parents) if not folder.exists()]
                 try:
-                    claims.enter_context(claimed(split_dir, part, overwrite))
+                    claims.enter_context(claimed(split_dir, plan.noted(), part, overwrite))
                 except OSError as error:
                     raise _unwritable(split_dir, error) from error
                 made[split_dir] = missing
@@ -177,7 +182,7 @@ def _claims(out_dir: Path, plans: list[SplitPlan], part: Part | None, overwrite:
             raise
 
 
-def _check_destinations(scenes_dir: Path, out_dir: Path, splits: Sequence[str], overwrite: bool) -> None:
+def _check_destinations(scenes_dir: Path, out_dir: Path, splits: Sequence[str]) -> None:
     if not splits or len(set(splits)) != len(splits):
         raise UserError(f"the splits are {', '.join(splits) or 'none'}; at least one, each once, is needed")
     for split in splits:
@@ -187,7 +192,6 @@ def _check_destinations(scenes_dir: Path, out_dir: Path, splits: Sequence[str], 
         for kind in (IMAGE_DIR, MASK_DIR):
             if folder.is_relative_to((scenes_dir / kind).resolve()):
                 raise UserError(f"{out_dir} lies within the scenes' {kind}; choose a folder outside of it")
-        refuse_finished(out_dir / split, overwrite)
 
 
 @contextmanager

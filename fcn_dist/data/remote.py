@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit, urlunsplit
 
-from fcn_dist.data.transfer import blocks, opened, status_of
+from fcn_dist.data.transfer import blocks, opened, status_of, store_class
 from fcn_dist.errors import UserError
 
 COMMAND_SCHEMES = {"pipe", "cmd", "command", "shell", "exec", "sh", "bash"}
@@ -51,8 +51,6 @@ def check_url(url: str) -> None:
     What would run a command, what wraps or chains file systems, and what fsspec does not know is refused. A client
     that is not installed is named with the extra that brings it.
     """
-    import fsspec
-
     scheme = url.partition(":")[0]
     if scheme.lower() in COMMAND_SCHEMES:
         raise UserError(f"{shown_url(url)} would run a command, and is refused; {ALLOWED} is needed")
@@ -61,7 +59,7 @@ def check_url(url: str) -> None:
             f"{shown_url(url)} is no plain address in a store; {ALLOWED} is needed; give files of this machine by path"
         )
     try:
-        fsspec.get_filesystem_class(scheme)
+        store_class(scheme)
     except ImportError as error:
         extra = EXTRAS.get(scheme)
         change = f"pip install 'fcn-dist[{extra}]'" if extra else str(error)
@@ -88,7 +86,7 @@ def read_url(url: str, limit: int, retries: Retries = Retries()) -> bytes:
 
     Raises UserError if it cannot be read, or has more than `limit` bytes.
     """
-    data = b"".join(read_blocks(url, limit + 1, retries))
+    data = b"".join(read_blocks(url, limit + 1, retries, exact=False))
     if len(data) > limit:
         raise UserError(
             f"{shown_url(url)} has more than {limit} bytes, which is more than such a file may have; check the address"
@@ -96,8 +94,10 @@ def read_url(url: str, limit: int, retries: Retries = Retries()) -> bytes:
     return data
 
 
-def read_blocks(url: str, size: int, retries: Retries = Retries()) -> Iterator[bytes]:
+def read_blocks(url: str, size: int, retries: Retries = Retries(), exact: bool = True) -> Iterator[bytes]:
     """The first `size` bytes of a file in order, in blocks; fewer bytes if the file ends before.
+
+    `exact` says that the file has so many bytes, so that an early end is doubted.
 
     After each failure comes an empty block, so that the caller can show that it is still alive. Raises UserError
     after `retries.tries` failures in a row, and at once if the store says that it will not give the file.
@@ -107,7 +107,7 @@ def read_blocks(url: str, size: int, retries: Retries = Retries()) -> Iterator[b
     while offset < size:
         try:
             with opened(url) as (fs, path):
-                for block in blocks(fs, path, offset, size):
+                for block in blocks(fs, path, offset, size, exact):
                     yield block
                     offset += len(block)
                     failures = 0

@@ -4,6 +4,7 @@ A transfer leaves nothing behind, neither a connection nor a thread, so that the
 """
 
 import asyncio
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -12,7 +13,18 @@ from typing import Any
 
 BLOCK = 16 * 2**20  # bytes a request: long beside a round trip, short beside what a dropped connection costs
 HTTP_BLOCK = 2**20  # bytes handed on at a time; over HTTP, all come by one request
+HTTP_BUFFER = 2**16  # bytes read at a time; what lies in the client's buffers when a connection is dropped is lost
 SILENCE_TIMEOUT = 60.0  # seconds in which not one byte comes
+
+
+def store_class(scheme: str) -> Any:
+    """fsspec's class for a scheme; ValueError if there is none, ImportError if its client is not installed."""
+    import fsspec
+
+    # gcsfs reads this when it is imported. It would ask by gRPC what kind of bucket it meets, and what gRPC starts in a
+    # process is not fit for a fork. Who has such buckets sets it otherwise.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    return fsspec.get_filesystem_class(scheme)
 
 
 @contextmanager
@@ -24,8 +36,7 @@ def opened(url: str) -> Iterator[tuple[Any, str]]:
     import fsspec
     from fsspec.asyn import sync
 
-    cls = fsspec.get_filesystem_class(url.partition("://")[0])
-    if not cls.async_impl:
+    if not store_class(url.partition("://")[0]).async_impl:
         yield fsspec.core.url_to_fs(url, skip_instance_cache=True)
         return
     with _event_loop() as loop:
@@ -54,17 +65,22 @@ def _event_loop() -> Iterator[asyncio.AbstractEventLoop]:
         loop.close()
 
 
-def blocks(fs: Any, path: str, offset: int, size: int) -> Iterator[bytes]:
-    """Bytes [offset, size) in order; fewer if the file ends before."""
+def blocks(fs: Any, path: str, offset: int, size: int, exact: bool) -> Iterator[bytes]:
+    """Bytes [offset, size) in order; fewer if the file ends before.
+
+    If it is `exact` that the file has `size` bytes, a short block is gone on from; else it is taken for the end, for
+    some clients complain aloud of being asked for what is behind it.
+    """
     if "https" in fs.protocol:
         yield from _http_blocks(fs, path, offset, size)
         return
     while offset < size:
         block = read_range(fs, path, offset, min(offset + BLOCK, size))
-        if not block:
-            return
-        yield block
+        if block:
+            yield block
         offset += len(block)
+        if not block or (not exact and len(block) < BLOCK):
+            return
 
 
 def read_range(fs: Any, path: str, start: int, end: int) -> bytes:
@@ -108,7 +124,8 @@ async def _ask(fs: Any, url: str, offset: int) -> tuple[Any, int]:
         headers["Range"] = f"bytes={offset}-"
     session = await fs.set_session()
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_TIMEOUT, sock_read=SILENCE_TIMEOUT)
-    response = await session.get(fs.encode_url(url), **{**fs.kwargs, "headers": headers, "timeout": timeout})
+    options = {**fs.kwargs, "headers": headers, "timeout": timeout, "read_bufsize": HTTP_BUFFER}
+    response = await session.get(fs.encode_url(url), **options)
     if not response.ok:
         response.close()
         response.raise_for_status()
@@ -125,7 +142,7 @@ async def _receive(response: Any, most: int) -> bytes:
     """The next bytes, `most` of them if they come; none at the end."""
     parts, size = [], 0
     try:
-        while size < most and (part := await response.content.read(most - size)):
+        while size < most and (part := await response.content.read(min(HTTP_BUFFER, most - size))):
             parts.append(part)
             size += len(part)
     except Exception:

@@ -69,6 +69,7 @@ class CropWindow:
     source: tuple[slice, slice]  # of the mask, and of the image as decoded at full size
     size: tuple[int, int]
     offset: tuple[int, int]
+    mirrored: bool = False  # left to right, the whole crop
     reduction: int = 1  # at which the image may be decoded; the source window lies on whole pixels of it
 
     @property
@@ -81,7 +82,8 @@ class CropWindow:
 def draw_window(rng: np.random.Generator, height: int, width: int, config: DataConfig) -> CropWindow:
     """Resize by a log-uniform factor, then crop at a uniform place; what is smaller than the crop is placed in it.
 
-    The two steps are drawn as one: only the part of the source that the crop shows is ever resized.
+    Some are mirrored then. The first two steps are drawn as one: only the part of the source that the crop shows is
+    ever resized.
     """
     low, high = np.log(config.scale)
     factor = float(np.exp(rng.uniform(low, high)))
@@ -91,7 +93,8 @@ def draw_window(rng: np.random.Generator, height: int, width: int, config: DataC
         for length, crop in zip((height, width), config.crop, strict=True)
     ]
     (rows, out_height, top), (columns, out_width, left) = axes
-    return CropWindow((rows, columns), (out_height, out_width), (top, left), reduction)
+    mirrored = bool(rng.random() < config.flip)
+    return CropWindow((rows, columns), (out_height, out_width), (top, left), mirrored, reduction)
 
 
 def _draw_axis(
@@ -125,6 +128,9 @@ def crop_into(window: CropWindow, image: Pixels, mask: Pixels, image_out: Pixels
     mask_out[top : top + height, left : left + width] = cv2.resize(
         mask[window.source], (width, height), interpolation=cv2.INTER_NEAREST_EXACT
     )
+    if window.mirrored:
+        for out in (image_out, mask_out):
+            cv2.flip(out, 1, out)
 
 
 def _imdecode(payload: bytes, flags: int) -> Pixels | None:

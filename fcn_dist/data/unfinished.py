@@ -24,20 +24,20 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
-def claimed(split_dir: Path, part: Part | None, overwrite: bool) -> Iterator[None]:
+def claimed(split_dir: Path, plan: dict[str, Any], part: Part | None, overwrite: bool) -> Iterator[None]:
     """Make the folder, and hold it against other runs; runs of other parts may be at work there as well.
 
-    Raises UserError if another run has it, or if it holds a finished set that is not to be overwritten.
+    `plan` is what it shall become. Raises UserError if another run has the folder, or as `refuse_finished`.
     """
     work_dir = split_dir / WORK_DIR
-    refuse_finished(split_dir, overwrite)
+    refuse_finished(split_dir, plan, overwrite)
     with ExitStack() as locks:
         locks.enter_context(_locked(work_dir / "lock", shared=part is not None, who="another run"))
         if part:
             own = work_dir / f"part-{part.number}-of-{part.total}.lock"
             locks.enter_context(_locked(own, shared=False, who="another run of this part"))
         try:
-            refuse_finished(split_dir, overwrite)  # another run may just have come to its end
+            refuse_finished(split_dir, plan, overwrite)  # another run may just have come to its end
         except UserError:
             close_work(split_dir)
             raise
@@ -46,9 +46,15 @@ def claimed(split_dir: Path, part: Part | None, overwrite: bool) -> Iterator[Non
         yield
 
 
-def refuse_finished(split_dir: Path, overwrite: bool) -> None:
-    """Raise UserError if the folder holds a shard set that is not to be overwritten."""
+def refuse_finished(split_dir: Path, plan: dict[str, Any], overwrite: bool) -> None:
+    """Raise UserError if the folder holds a shard set that is not to be overwritten.
+
+    One that was planned just so, and whose plan is still there, is a run that was ended at its last steps.
+    """
     if (split_dir / INDEX_NAME).exists() and not overwrite:
+        with suppress(UserError):  # of a plan that cannot be read
+            if read_plan(split_dir) == plan:
+                return
         raise UserError(f"{split_dir} already holds a shard set; choose another folder, or replace it with --overwrite")
 
 

@@ -63,10 +63,14 @@ def map_in_processes(
     with count_progress() as progress:
         task = progress.add_task(title, total=sum(sizes))
         crew = _Crew(function, jobs, list(sizes), lambda count: progress.advance(task, count))
+        threads = cv2.getNumThreads()
         try:
+            if workers > 1:
+                cv2.setNumThreads(1)  # the parallelism is in the processes
             crew.work(min(workers, len(jobs)) - 1)
         finally:
             crew.dismiss()
+            cv2.setNumThreads(threads)
     return [crew.results[number] for number in range(len(jobs))]
 
 
@@ -190,7 +194,7 @@ def _lives() -> Iterator[None]:
 def _work(function: Callable[[Job, Advance], Result], parent: Connection) -> None:
     # Ctrl-C reaches the whole terminal group; the parent alone answers it, and ends us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    cv2.setNumThreads(1)  # the parallelism is in the processes
+    cv2.setNumThreads(1)
     # The pipe ends when there is no more to do, and when the parent has died.
     with suppress(EOFError, ConnectionError):
         while True:

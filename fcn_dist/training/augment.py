@@ -1,4 +1,4 @@
-"""What is done to a micro-batch on the device: mirroring and colour jitter, keyed by stream position.
+"""What is done to a micro-batch on the device: colour jitter, keyed by stream position.
 
 Shapes: B images, H x W the crop.
 """
@@ -15,16 +15,11 @@ from fcn_dist.keys import Purpose
 
 def to_device(batch: Batch, config: DataConfig, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Images (B, H, W, 3), uint8 or float32 in 0-255, and targets (B, H, W) uint8 as the network trains on them."""
-    # Copied even where they are on the device already: a batch is not changed under its owner.
-    images = batch.images.to(device, non_blocking=True, copy=True)
-    targets = batch.targets.to(device, non_blocking=True, copy=True)
-    draws = np.stack([generator(seed, position, Purpose.PHOTOMETRIC).random(4) for position in batch.positions])
-    # Known here already, so that the device neither waits nor mirrors images only to drop them.
-    mirrored = torch.from_numpy(np.flatnonzero(draws[:, 0] < config.flip)).to(device, non_blocking=True)
-    images[mirrored] = images[mirrored].flip(2)
-    targets[mirrored] = targets[mirrored].flip(2)
+    images = batch.images.to(device, non_blocking=True)
+    targets = batch.targets.to(device, non_blocking=True)
     if config.jitter:
-        factors = torch.from_numpy(1 + config.jitter * (2 * draws[:, 1:] - 1)).float()
+        draws = np.stack([generator(seed, position, Purpose.PHOTOMETRIC).random(3) for position in batch.positions])
+        factors = torch.from_numpy(1 + config.jitter * (2 * draws - 1)).float()
         images = jitter(images, factors.to(device, non_blocking=True))
     return images, targets
 
