@@ -30,7 +30,7 @@ class DataConfig:
     window: int | None = None  # shards that are shuffled together, over all lanes; None: the whole set
     lanes: int = 1  # runs of shards read side by side; with as many as nodes, each node reads its own
     max_bad_samples: int = 0  # damaged samples that may be replaced by others before the run ends
-    cache_dir: str | None = None  # of remote shards, on each node; None: see data/cache.py
+    cache_dir: str | None = None  # of remote shards, on each node; None: see data/remote/cache.py
     cache_limit: str = "100GB"  # of all remote shards kept in it
     read_ahead: int = 4  # remote shards each loader process fetches before they are needed
 

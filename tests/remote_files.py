@@ -14,8 +14,8 @@ from random import Random
 
 from loopback import Site, file
 
-from fcn_dist.data.cache import NodeCache, RemoteFile
-from fcn_dist.data.remote import Retries
+from fcn_dist.data.remote.cache import NodeCache, RemoteFile
+from fcn_dist.data.remote.urls import Retries
 
 SIZE = 1_200_000  # of every file here
 LIMIT = 5 * SIZE

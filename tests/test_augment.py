@@ -87,7 +87,9 @@ def test_colours_are_scaled_as_worked_out_by_hand(scale: Tensor, expected: list[
 
 
 def test_each_image_has_its_own_factors_and_they_stay_within_the_setting() -> None:
-    grey = Batch(torch.full((300, 2, 2, 3), 100, dtype=torch.uint8), torch.zeros(300, 2, 2).byte(), 0, range(300))
+    grey = Batch(
+        torch.full((300, 2, 2, 3), 100, dtype=torch.uint8), torch.zeros(300, 2, 2).byte(), 0, tuple(range(300))
+    )
     images, _ = to_device(grey, DataConfig(jitter=0.2), 0, CPU)
     # Contrast and saturation leave a uniform grey as it is, so what is left is the brightness.
     brightness = images[:, 0, 0, 0] / 100
@@ -100,7 +102,7 @@ def test_brightness_contrast_and_saturation_are_drawn_apart_from_each_other() ->
     base = torch.zeros(200, 1, 2, 3, dtype=torch.uint8)
     base[:, 0, 0] = torch.tensor([120, 80, 100], dtype=torch.uint8)
     base[:, 0, 1] = 60
-    batch = Batch(base, torch.zeros(200, 1, 2).byte(), 0, range(200))
+    batch = Batch(base, torch.zeros(200, 1, 2).byte(), 0, tuple(range(200)))
     images, _ = to_device(batch, DataConfig(jitter=0.3), 1, CPU)
     luma = images @ torch.tensor([0.299, 0.587, 0.114])
     mean = luma.mean(dim=(1, 2))

@@ -16,9 +16,9 @@ from remote_files import FORK, SIZE, broken_off, by_name, content, empty_cache, 
 from s3_server import BUCKET, serving_s3
 
 from fcn_dist.data import flocks
-from fcn_dist.data.cache import NodeCache, RemoteFile, default_cache_dir
 from fcn_dist.data.flocks import Patience
-from fcn_dist.data.remote import Retries
+from fcn_dist.data.remote.cache import NodeCache, RemoteFile, default_cache_dir
+from fcn_dist.data.remote.urls import Retries
 from fcn_dist.errors import UserError
 
 pytestmark = pytest.mark.timeout(60)

@@ -11,9 +11,9 @@ import pytest
 from loopback import Site, serving
 from remote_files import LIMIT, SIZE, broken_off, by_name, content, empty_cache, kept, locked, processes, read, remote
 
-import fcn_dist.data.cache
-from fcn_dist.data.cache import NodeCache, RemoteFile
+import fcn_dist.data.remote.cache
 from fcn_dist.data.flocks import Patience
+from fcn_dist.data.remote.cache import NodeCache, RemoteFile
 from fcn_dist.errors import UserError
 
 pytestmark = pytest.mark.timeout(60)
@@ -175,7 +175,7 @@ def test_downloads_that_leave_no_room_and_do_nothing_are_told(site: Site, cache:
 
     copy = cache.fetch(remote(site, "a.tar"))
     with pytest.MonkeyPatch.context() as patch, locked(others[0], LIMIT - SIZE + 1), locked(others[1]):
-        patch.setattr(fcn_dist.data.cache, "Patience", BesideAnother)
+        patch.setattr(fcn_dist.data.remote.cache, "Patience", BesideAnother)
         with pytest.raises(UserError, match=r"no room for .*b\.tar .*1 downloads of other processes that make no"):
             replace(cache, patience=0.2).fetch(remote(site, "b.tar"))
     assert copy.exists(), "a copy goes only where that makes room"

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fcn_dist.data.extract import BadZip, extract
+from fcn_dist.data.download.extract import BadZip, extract
 from fcn_dist.errors import UserError
 
 pytestmark = pytest.mark.timeout(60)
@@ -176,7 +176,7 @@ def test_a_member_that_is_smaller_than_stated_is_refused(tmp_path: Path, compres
 
 
 def test_too_many_members_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fcn_dist.data.extract.MAX_MEMBERS", 3)
+    monkeypatch.setattr("fcn_dist.data.download.extract.MAX_MEMBERS", 3)
     assert "has 4 members" in refusal(made(adding("top/x")), tmp_path)
 
 

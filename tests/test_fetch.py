@@ -14,7 +14,7 @@ from unittest.mock import ANY
 import pytest
 from loopback import Reply, Site, chunked, drop, file, serving, status
 
-from fcn_dist.data.fetch import LONGEST_RETRY_AFTER, LONGEST_WAIT, MAX_TRIES, fetch, is_fetched
+from fcn_dist.data.download.fetch import LONGEST_RETRY_AFTER, LONGEST_WAIT, MAX_TRIES, fetch, is_fetched
 from fcn_dist.errors import UserError
 
 pytestmark = pytest.mark.timeout(60)

@@ -9,7 +9,6 @@ import torch
 from colour_scenes import write_colour_scenes
 
 from fcn_dist.config import DataConfig
-from fcn_dist.data import loader
 from fcn_dist.data.handoff import Place, Slots
 from fcn_dist.data.loader import build_loader
 from fcn_dist.data.packing import pack
@@ -37,11 +36,11 @@ def test_what_is_taken_is_a_copy_and_what_a_child_writes_is_seen() -> None:
         targets[:] = 9
         os._exit(0)
     os.waitpid(child, 0)
-    images, targets = slots.take(Place(0, 1), pin_memory=False)
+    taken, labels = slots.take(Place(0, 1), pin_memory=False)
     slots.arrays(Place(0, 1))[0][:] = 0
-    assert images.shape == (2, *CROP, 3) and (images == 7).all()
-    assert targets.shape == (2, *CROP) and (targets == 9).all()
-    assert images.dtype == targets.dtype == torch.uint8
+    assert taken.shape == (2, *CROP, 3) and (taken == 7).all()
+    assert labels.shape == (2, *CROP) and (labels == 9).all()
+    assert taken.dtype == labels.dtype == torch.uint8
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +68,7 @@ def test_batches_that_are_kept_are_never_written_over(shard_set: ShardSet) -> No
 def test_a_loader_process_that_finds_no_slot_free_passes_the_batch_on_all_the_same(
     shard_set: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader.Slots, "free", lambda slots, place: place.number % 3 == 0)
+    monkeypatch.setattr(Slots, "free", lambda slots, place: place.number % 3 == 0)
     mixed, reference = batches_of(shard_set, 1), batches_of(shard_set, 0)
     for ours, expected in zip(mixed, reference, strict=True):
         assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1])

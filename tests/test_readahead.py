@@ -14,9 +14,9 @@ import pytest
 from loopback import Site, serving, status
 from remote_files import SIZE, by_name, content, kept, processes, remote
 
-from fcn_dist.data.cache import NodeCache, RemoteFile
-from fcn_dist.data.readahead import ReadAhead
-from fcn_dist.data.remote import Retries
+from fcn_dist.data.remote.cache import NodeCache, RemoteFile
+from fcn_dist.data.remote.readahead import ReadAhead
+from fcn_dist.data.remote.urls import Retries
 from fcn_dist.errors import UserError
 
 pytestmark = pytest.mark.timeout(60)
@@ -188,8 +188,8 @@ def test_a_process_ends_although_a_file_is_being_fetched(site: Site, tmp_path: P
     script.write_text(
         "import sys\n"
         "from pathlib import Path\n"
-        "from fcn_dist.data.cache import NodeCache, RemoteFile\n"
-        "from fcn_dist.data.readahead import ReadAhead\n"
+        "from fcn_dist.data.remote.cache import NodeCache, RemoteFile\n"
+        "from fcn_dist.data.remote.readahead import ReadAhead\n"
         f"file = RemoteFile({site.url!r}, 5, '0' * 64)\n"
         f"ahead = ReadAhead(NodeCache(Path({str(tmp_path / 'cache')!r}), 5), iter([(1, file)]), 1)\n"
         "ahead.advance(0)\n"

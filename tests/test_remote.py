@@ -10,8 +10,8 @@ import fsspec
 import pytest
 from loopback import Site, chunked, drop, file, serving, status
 
-from fcn_dist.data import transfer
-from fcn_dist.data.remote import Retries, check_url, is_url, read_blocks, read_url, shown_url
+from fcn_dist.data.remote import transfer
+from fcn_dist.data.remote.urls import Retries, check_url, is_url, read_blocks, read_url, shown_url
 from fcn_dist.errors import UserError
 
 pytestmark = pytest.mark.timeout(60)

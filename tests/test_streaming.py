@@ -13,10 +13,11 @@ from colour_scenes import write_colour_scenes
 from shard_server import ShardServer, serving_folder
 
 from fcn_dist.config import DataConfig
-from fcn_dist.data.cache import NodeCache
 from fcn_dist.data.loader import Batch, build_loader, build_scene_loader
 from fcn_dist.data.packing import pack
-from fcn_dist.data.remote import Retries
+from fcn_dist.data.remote.cache import NodeCache
+from fcn_dist.data.remote.urls import Retries
+from fcn_dist.data.shard import read_members
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.stream import SampleStream
 from fcn_dist.data.upcoming import check_cache_limit, upcoming_files
@@ -179,7 +180,25 @@ def test_a_file_that_stays_wrong_is_refused_by_its_url(remote: Remote, workers: 
     with pytest.raises(UserError) as caught:
         load(shard_set, stream_of(shard_set), 0, 1, workers)
     assert f"{remote.server.url}/training/{name}" in str(caught.value) and "refused" in str(caught.value)
-    assert not list(remote.cache.dir.rglob("*.partial"))
+    file = shard_set.shards[3].tar_file if kind == "tar" else shard_set.shards[3].members_file
+    assert not remote.cache.path(file).exists()
+
+
+@pytest.mark.parametrize("kind", ["tar", "members"])
+def test_a_copy_that_the_node_s_disk_has_damaged_is_fetched_anew(remote: Remote, kind: str) -> None:
+    shard_set = remote.open()
+    load(shard_set, stream_of(shard_set), 0, 1, 0)
+    shard = shard_set.shards[3]
+    file = shard.tar_file if kind == "tar" else shard.members_file
+    path = remote.cache.path(file)
+    data = bytearray(path.read_bytes())
+    data[-20 if kind == "members" else int(shard_set.locate(6)[1]["image_offset"]) + 50] ^= 1
+    path.write_bytes(data)
+    read_members.cache_clear()
+    shard_set = remote.open()
+    found = load(shard_set, stream_of(shard_set), 0, 1, 2)
+    assert_same(found, load(remote.local, stream_of(remote.local), 0, 1, 0))
+    assert remote.server.whole_reads(file.url.rpartition("/")[2]) == 2
 
 
 def test_a_file_that_is_gone_is_named(remote: Remote) -> None:

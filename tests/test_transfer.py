@@ -17,8 +17,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from s3_server import BUCKET, serving_s3
 
-from fcn_dist.data import transfer
-from fcn_dist.data.remote import Retries, read_blocks, read_url
+from fcn_dist.data.remote import transfer
+from fcn_dist.data.remote.urls import Retries, read_blocks, read_url
 from fcn_dist.errors import UserError
 
 pytestmark = pytest.mark.timeout(60)

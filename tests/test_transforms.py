@@ -34,7 +34,7 @@ def shrunk(image: Pixels, reduction: int) -> Pixels:
     rows, columns = (-(-length // reduction) for length in image.shape[:2])
     padding = [(0, rows * reduction - image.shape[0]), (0, columns * reduction - image.shape[1]), (0, 0)]
     squares = np.pad(image, padding, mode="edge").reshape(rows, reduction, columns, reduction, 3)
-    return np.rint(squares.mean((1, 3))).astype(np.uint8)
+    return np.asarray(np.rint(squares.mean((1, 3))), np.uint8)
 
 
 def place(window: CropWindow, image: Pixels, mask: Pixels, crop: tuple[int, int]) -> tuple[Pixels, Pixels]:
@@ -153,7 +153,7 @@ def test_image_and_mask_agree_pixel_by_pixel_away_from_edges(scale: tuple[float,
     config = DataConfig(crop=(64, 72), scale=scale)
     compared = 0
     for position in range(60):
-        window = draw_window(generator(2, position, Purpose.CROP), *labels.shape, config)
+        window = draw_window(generator(2, position, Purpose.CROP), labels.shape[0], labels.shape[1], config)
         image_out, mask_out = place(window, image, labels, config.crop)
         sure = away_from_edges(mask_out, 2) & (mask_out != IGNORE_LABEL)
         assert (labels_of(image_out)[sure] == mask_out[sure]).all()

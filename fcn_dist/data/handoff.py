@@ -45,10 +45,12 @@ class Slots:
 
     def take(self, place: Place, pin_memory: bool) -> tuple[Tensor, Tensor]:
         """Copies of both, in page-locked memory if `pin_memory`; the slot is free afterwards."""
-        # By NumPy, on one thread: torch copies on all, and waits for the one whose core a loader process has.
-        images, targets = (torch.from_numpy(array if pin_memory else array.copy()) for array in self.arrays(place))
+        arrays = self.arrays(place)
         if pin_memory:
-            images, targets = images.pin_memory(), targets.pin_memory()
+            images, targets = (torch.from_numpy(array).pin_memory() for array in arrays)
+        else:
+            # By NumPy, on one thread: torch copies on all, and waits for the one whose core a loader process has.
+            images, targets = (torch.from_numpy(array.copy()) for array in arrays)
         self._copied[place.worker] = place.number + 1
         return images, targets
 

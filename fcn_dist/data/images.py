@@ -56,6 +56,8 @@ class ImageRead:
 
     def pixels(self) -> NDArray[np.uint8]:
         """The (H, W, 3) RGB image as it will be packed, before any shrinking."""
+        if self.decoded is not None and TURNED not in self.conversions:
+            return self.decoded
         with _decoding():
             picture = ImageOps.exif_transpose(self.picture) if TURNED in self.conversions else self.picture
             return np.asarray(picture.convert("RGB"))

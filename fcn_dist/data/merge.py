@@ -6,7 +6,7 @@ from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
-from fcn_dist.data.diskspace import writing
+from fcn_dist.data.download.diskspace import writing
 from fcn_dist.data.plan import Part
 from fcn_dist.data.receipts import WORK_DIR, Receipt, has_bytes, read_receipt
 from fcn_dist.data.shardset import ShardSet

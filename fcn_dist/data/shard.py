@@ -11,9 +11,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fcn_dist.data.cache import NodeCache, RemoteFile
 from fcn_dist.data.members import members_path, parse_members
+from fcn_dist.data.remote.cache import NodeCache, RemoteFile
 from fcn_dist.errors import UserError
+from fcn_dist.files import sha256
 
 INDEX_NAME = "index.json"
 
@@ -92,6 +93,15 @@ class Shard:
 
         Raises DamagedSample if the bytes are not those that were packed, UserError if the shard is missing.
         """
+        try:
+            return self._read(record)
+        except DamagedSample:
+            # A copy was whole when it was fetched; the node's disk may have damaged it since.
+            if not self._forget_damaged_copy(self.tar_file):
+                raise
+        return self._read(record)
+
+    def _read(self, record: "np.void") -> Sample:
         key = record["key"].decode()
         payloads = []
         try:
@@ -110,25 +120,43 @@ class Shard:
             ) from error
         return Sample(key, *payloads)
 
+    def read_members(self) -> bytes:
+        """The file of member records, its SHA-256 compared; UserError if it is not what was packed."""
+        data = members_data(self)
+        if not self._is_members(data) and self._forget_damaged_copy(self.members_file):
+            data = members_data(self)
+        if not self._is_members(data):
+            raise UserError(
+                f"{self.members_name} differs from its SHA-256 in {INDEX_NAME}; restore it, or pack the scenes again"
+            )
+        return data
+
+    def _is_members(self, data: bytes) -> bool:
+        return hashlib.sha256(data).hexdigest() == self.members_sha256
+
+    def _forget_damaged_copy(self, file: RemoteFile) -> bool:
+        """Have the cache fetch `file` anew if its copy is not what was fetched; whether it will."""
+        if not self.cache:
+            return False
+        whole = sha256(self.cache.fetch(file)) == file.sha256
+        if not whole:
+            self.cache.discard(file)
+        return not whole
+
 
 @lru_cache(maxsize=1024)
 def read_members(shard: Shard) -> "NDArray[np.void]":
     """The records of a shard's samples (see `member_dtype`); UserError unless they are those that were packed."""
-    data = _members_data(shard)
-    members = parse_members(data, shard.members_name, shard.num_samples)
-    if hashlib.sha256(data).hexdigest() != shard.members_sha256:
-        raise UserError(
-            f"{shard.members_name} differs from its SHA-256 in {INDEX_NAME}; restore it, or pack the scenes again"
-        )
-    return members
+    return parse_members(shard.read_members(), shard.members_name, shard.num_samples)
 
 
 def load_members(shard: Shard) -> "NDArray[np.void]":
     """The records as they are, changed or not; UserError if they have not the form of records."""
-    return parse_members(_members_data(shard), shard.members_name, shard.num_samples)
+    return parse_members(members_data(shard), shard.members_name, shard.num_samples)
 
 
-def _members_data(shard: Shard) -> bytes:
+def members_data(shard: Shard) -> bytes:
+    """The file of member records as it is; UserError if it is not there, or of another size."""
     try:
         with shard.open_members() as file:
             data = os.pread(file.fileno(), shard.members_size + 1, 0)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from fcn_dist.data.cache import NodeCache
+from fcn_dist.data.remote.cache import NodeCache
 from fcn_dist.data.shard import Shard
 from fcn_dist.errors import UserError
 from fcn_dist.files import sha256

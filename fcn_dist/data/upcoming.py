@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcn_dist.config import DataConfig
-from fcn_dist.data.cache import RemoteFile
-from fcn_dist.data.readahead import ReadAhead
+from fcn_dist.data.remote.cache import RemoteFile
+from fcn_dist.data.remote.readahead import ReadAhead
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.errors import UserError
 from fcn_dist.ranks import BatchPlan, Rank

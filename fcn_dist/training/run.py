@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from fcn_dist.config import Recipe
-from fcn_dist.data.cache import node_cache
 from fcn_dist.data.loader import build_loader
-from fcn_dist.data.remote import is_url
+from fcn_dist.data.remote.cache import node_cache
+from fcn_dist.data.remote.urls import is_url
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.stream import SampleStream
 from fcn_dist.data.upcoming import check_cache_limit

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit, urlunsplit
 
-from fcn_dist.data.transfer import blocks, opened, status_of, store_class
+from fcn_dist.data.remote.transfer import blocks, opened, status_of, store_class
 from fcn_dist.errors import UserError
 
 COMMAND_SCHEMES = {"pipe", "cmd", "command", "shell", "exec", "sh", "bash"}

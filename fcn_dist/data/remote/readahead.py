@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 
-from fcn_dist.data.cache import NodeCache, RemoteFile
+from fcn_dist.data.remote.cache import NodeCache, RemoteFile
 
 
 class ReadAhead:

@@ -1,0 +1,1 @@
+"""A data set from its public address, as a checked scenes folder."""
