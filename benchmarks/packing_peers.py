@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from scenes_copies import PairPaths, find
 
-from fcn_dist.data.class_info import read_classes
+from fcn_dist.data.scenes.class_info import read_classes
 
 SAMPLES_PER_SHARD = 256  # as ours
 SHORT_SIDE, QUALITY = 256, 95

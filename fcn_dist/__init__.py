@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "pack": "fcn_dist.data.packing",
+    "pack": "fcn_dist.data.packing.run",
     "ShardSet": "fcn_dist.data.shardset",
     "SampleStream": "fcn_dist.data.stream",
     "FCN": "fcn_dist.model.fcn",
@@ -22,7 +22,7 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 if TYPE_CHECKING:
-    from fcn_dist.data.packing import pack as pack
+    from fcn_dist.data.packing.run import pack as pack
     from fcn_dist.data.shardset import ShardSet as ShardSet
     from fcn_dist.data.stream import SampleStream as SampleStream
     from fcn_dist.deploy.convert import convert as convert

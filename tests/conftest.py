@@ -12,7 +12,7 @@ from hypothesis import settings
 from numpy.typing import NDArray
 from PIL import Image
 
-from fcn_dist.data.images import ORIENTATION_TAG
+from fcn_dist.data.scenes.images import ORIENTATION_TAG
 
 # No timing is asserted, and a failure on one machine is the same on another.
 settings.register_profile("steady", deadline=None, derandomize=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fcn_dist.data.shard import read_members
-from fcn_dist.data.verify import verify
+from fcn_dist.data.verifying.verify import verify
 from fcn_dist.files import sha256
 
 TAR, MEMBERS = "training-000001.tar", "training-000001.members.npy"

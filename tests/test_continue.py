@@ -15,12 +15,13 @@ import pytest
 from conftest import HEIGHT, WIDTH, MakeScenes, save_oriented, smooth, tree_bytes
 
 import fcn_dist.files
-from fcn_dist.data import pack_shard, packing
-from fcn_dist.data.packing import PackReport, pack, pack_scenes
-from fcn_dist.data.plan import PackOptions, Part
-from fcn_dist.data.receipts import WORK_DIR, receipt_path
+from fcn_dist.data.packing import pack_shard
+from fcn_dist.data.packing import run as packing
+from fcn_dist.data.packing.plan import PackOptions, Part
+from fcn_dist.data.packing.receipts import WORK_DIR, receipt_path
+from fcn_dist.data.packing.run import PackReport, pack, pack_scenes
+from fcn_dist.data.packing.unfinished import claimed
 from fcn_dist.data.shardset import ShardSet
-from fcn_dist.data.unfinished import claimed
 from fcn_dist.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]

@@ -13,7 +13,7 @@ from shard_surgery import plant
 from fcn_dist.config import DataConfig
 from fcn_dist.data.crops import BadSample, CropReader
 from fcn_dist.data.loader import Batch, build_loader
-from fcn_dist.data.packing import pack
+from fcn_dist.data.packing.run import pack
 from fcn_dist.data.shard import DamagedSample
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.stream import SampleStream

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fcn_dist.commands.describe import main
 from fcn_dist.data.describe import describe
-from fcn_dist.data.packing import pack
+from fcn_dist.data.packing.run import pack
 from fcn_dist.errors import UserError
 
 

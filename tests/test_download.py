@@ -23,8 +23,8 @@ from conftest import MakeScenes
 from loopback import Site, file, serving, status
 
 from fcn_dist.commands.entry import run_script
-from fcn_dist.data.download import diskspace
-from fcn_dist.data.download.download import DEFAULT_CHECKSUM, DEFAULT_URL, check_scenes, download
+from fcn_dist.data import diskspace
+from fcn_dist.data.download.run import DEFAULT_CHECKSUM, DEFAULT_URL, check_scenes, download
 from fcn_dist.errors import UserError
 
 pytestmark = pytest.mark.timeout(60)
@@ -116,7 +116,7 @@ def test_the_default_address_alone_has_a_checksum_by_itself(
     assert DEFAULT_URL.endswith(f"/{TOP}.zip")
     site.script = [file(data)]
     with monkeypatch.context() as patch:
-        patch.setattr("fcn_dist.data.download.download.DEFAULT_URL", site.url)
+        patch.setattr("fcn_dist.data.download.run.DEFAULT_URL", site.url)
         assert f"{DEFAULT_CHECKSUM.removeprefix('sha1:')} is needed" in refusal(out, site.url)
         download(out, site.url, checksum=sha(data))
     download(out.with_name("other"), site.url)
@@ -207,7 +207,7 @@ def test_a_run_killed_while_it_unpacks_leaves_nothing_that_looks_whole(
 ) -> None:
     site.script = [file(data)]
     code = (
-        "import os, sys, fcn_dist.data.download.download as module\n"
+        "import os, sys, fcn_dist.data.download.run as module\n"
         f"module.{moment} = lambda *arguments: os.kill(os.getpid(), 9)\n"
         "module.download(sys.argv[1], sys.argv[2], keep_zip=True)\n"
     )

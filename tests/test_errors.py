@@ -11,7 +11,7 @@ from launching import run_alone, run_ranks
 
 from fcn_dist.commands.entry import run_script
 from fcn_dist.config import ModelConfig
-from fcn_dist.data.packing import pack
+from fcn_dist.data.packing.run import pack
 from fcn_dist.deploy.modelfile import write_model_file
 from fcn_dist.model.description import ModelDescription
 from fcn_dist.model.preprocess import TORCHVISION

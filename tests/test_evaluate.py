@@ -11,7 +11,7 @@ from colour_scenes import NUM_CLASSES, write_colour_scenes
 from torch import nn
 
 from fcn_dist.config import ModelConfig
-from fcn_dist.data.packing import pack
+from fcn_dist.data.packing.run import pack
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.errors import UserError
 from fcn_dist.model.fcn import FCN

@@ -11,7 +11,7 @@ from colour_scenes import write_colour_scenes
 from fcn_dist.config import DataConfig
 from fcn_dist.data.handoff import Place, Slots
 from fcn_dist.data.loader import build_loader
-from fcn_dist.data.packing import pack
+from fcn_dist.data.packing.run import pack
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.stream import SampleStream
 from fcn_dist.ranks import BatchPlan

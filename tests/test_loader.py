@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fcn_dist.config import DataConfig
 from fcn_dist.data.loader import Batch, build_loader, build_scene_loader
-from fcn_dist.data.packing import pack
+from fcn_dist.data.packing.run import pack
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.stream import SampleStream
 from fcn_dist.errors import UserError

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from conftest import HEIGHT, WIDTH, MakeScenes, save_oriented, smooth, tree_bytes
 
-from fcn_dist.data import merge as merging
-from fcn_dist.data.merge import merge
-from fcn_dist.data.packing import pack
-from fcn_dist.data.receipts import WORK_DIR, receipt_path
+from fcn_dist.data.packing import merge as merging
+from fcn_dist.data.packing.merge import merge
+from fcn_dist.data.packing.receipts import WORK_DIR, receipt_path
+from fcn_dist.data.packing.run import pack
+from fcn_dist.data.packing.unfinished import claimed
 from fcn_dist.data.shardset import ShardSet
-from fcn_dist.data.unfinished import claimed
-from fcn_dist.data.verify import verify
+from fcn_dist.data.verifying.verify import verify
 from fcn_dist.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from conftest import HEIGHT, WIDTH, MakeScenes, pixels, save_oriented, smooth, tree_bytes
 
-from fcn_dist.data import packing
-from fcn_dist.data.packing import pack
+from fcn_dist.data.packing import run as packing
+from fcn_dist.data.packing.run import pack
 from fcn_dist.data.pixel_counts import PixelCounts
-from fcn_dist.data.scenes import Pair, Problem, find_pairs
+from fcn_dist.data.scenes.listing import Pair, Problem, find_pairs
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.errors import UserError
 

@@ -13,8 +13,8 @@ from conftest import HEIGHT, WIDTH, MakeScenes, pixels, save_oriented, smooth
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
-from fcn_dist.data.images import ORIENTATION_TAG
-from fcn_dist.data.packing import pack
+from fcn_dist.data.packing.run import pack
+from fcn_dist.data.scenes.images import ORIENTATION_TAG
 
 
 @pytest.fixture

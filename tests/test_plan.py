@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fcn_dist.commands.create import main
-from fcn_dist.data.packing import pack
-from fcn_dist.data.plan import PackOptions, Part, plan_shards
-from fcn_dist.data.scenes import Pair, SourceFile
+from fcn_dist.data.packing.plan import PackOptions, Part, plan_shards
+from fcn_dist.data.packing.run import pack
+from fcn_dist.data.scenes.listing import Pair, SourceFile
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.errors import UserError
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.io import savemat
 
-from fcn_dist.data.class_info import read_classes, read_colours
-from fcn_dist.data.packing import pack
-from fcn_dist.data.scenes import find_pairs, sample_key
+from fcn_dist.data.packing.run import pack
+from fcn_dist.data.scenes.class_info import read_classes, read_colours
+from fcn_dist.data.scenes.listing import find_pairs, sample_key
 from fcn_dist.errors import UserError
 from fcn_dist.palette import palette
 

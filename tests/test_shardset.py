@@ -12,7 +12,7 @@ import pytest
 from conftest import MakeScenes
 
 from fcn_dist.data.members import member_dtype
-from fcn_dist.data.packing import pack
+from fcn_dist.data.packing.run import pack
 from fcn_dist.data.shard import DamagedSample, read_members
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.errors import UserError

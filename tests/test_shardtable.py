@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_server import serving_folder
 
-from fcn_dist.data import shardset, write_index
-from fcn_dist.data.packing import pack
+from fcn_dist.data import shardset
+from fcn_dist.data.packing import write_index
+from fcn_dist.data.packing.run import pack
 from fcn_dist.data.remote.cache import NodeCache
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.shardtable import TABLE_NAME, ShardTable, records_of, totals_of
-from fcn_dist.data.verify import verify
+from fcn_dist.data.verifying.verify import verify
 from fcn_dist.errors import UserError
 
 

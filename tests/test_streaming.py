@@ -10,11 +10,12 @@ from typing import NamedTuple
 import pytest
 import torch
 from colour_scenes import write_colour_scenes
+from s3_server import BUCKET, serving_s3
 from shard_server import ShardServer, serving_folder
 
 from fcn_dist.config import DataConfig
 from fcn_dist.data.loader import Batch, build_loader, build_scene_loader
-from fcn_dist.data.packing import pack
+from fcn_dist.data.packing.run import pack
 from fcn_dist.data.remote.cache import NodeCache
 from fcn_dist.data.remote.urls import Retries
 from fcn_dist.data.shard import read_members
@@ -145,6 +146,23 @@ def test_a_node_fetches_only_the_lanes_of_its_ranks_within_an_epoch(remote: Remo
         list(build_loader(shard_set, stream, plan, config, rank, range(COUNT // GLOBAL_BATCH)))
     tars = [shard.path.name for shard in remote.local.shards]
     assert {name: remote.server.whole_reads(name) for name in tars} == dict.fromkeys(tars, 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_set_on_s3_gives_the_batches_of_a_local_one(remote: Remote, workers: int) -> None:
+    with serving_s3() as client:
+        for path in remote.local.dir.iterdir():
+            client.upload_file(str(path), BUCKET, f"sets/one/training/{path.name}")
+        shard_set = ShardSet.open(f"s3://{BUCKET}/sets/one", "training", remote.cache)
+        found = load(shard_set, stream_of(shard_set), 0, 1, workers)
+        assert_same(found, load(remote.local, stream_of(remote.local), 0, 1, 0))
+        # Half-way replaced by another set's: refused, though the client finds nothing wrong.
+        client.upload_file(
+            str(remote.local.shards[0].path), BUCKET, f"sets/one/training/{remote.local.shards[1].path.name}"
+        )
+        anew = ShardSet.open(f"s3://{BUCKET}/sets/one", "training", replace(remote.cache, dir=remote.cache.dir / "b"))
+        with pytest.raises(UserError, match=rf"s3://{BUCKET}/sets/one/training/training-000001\.tar is refused"):
+            load(anew, stream_of(anew), 0, 1, workers)
 
 
 # ---- a server that fails

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from fcn_dist.commands.synthesize import main
-from fcn_dist.data.class_info import read_classes, read_colours
+from fcn_dist.data.scenes.class_info import read_classes, read_colours
 from fcn_dist.data.synthetic import CLASSES, draw_scene, render
 from fcn_dist.errors import UserError
 

@@ -12,7 +12,7 @@ from launching import run_alone, run_ranks
 from safetensors.torch import load_file
 
 from fcn_dist.commands.entry import run_script
-from fcn_dist.data.packing import pack
+from fcn_dist.data.packing.run import pack
 from fcn_dist.data.synthetic import render
 from fcn_dist.training.checkpoint import DEEPSPEED_TAG, checkpoints_dir, open_checkpoint
 

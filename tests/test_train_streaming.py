@@ -9,7 +9,7 @@ import pytest
 from launching import run_alone, run_ranks
 from shard_server import serving_folder
 
-from fcn_dist.data.packing import pack
+from fcn_dist.data.packing.run import pack
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.stream import SampleStream
 from fcn_dist.data.synthetic import render

@@ -26,9 +26,9 @@ from forgery import (
 )
 
 from fcn_dist.commands.verify import main
-from fcn_dist.data.packing import pack
+from fcn_dist.data.packing.run import pack
 from fcn_dist.data.shardset import ShardSet
-from fcn_dist.data.verify import verify
+from fcn_dist.data.verifying.verify import verify
 from fcn_dist.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]

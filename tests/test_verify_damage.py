@@ -29,7 +29,7 @@ from forgery import (
     seal,
 )
 
-from fcn_dist.data.packing import pack
+from fcn_dist.data.packing.run import pack
 from fcn_dist.data.shardset import ShardSet
 
 MB = 2**20
@@ -139,7 +139,7 @@ def test_whatever_is_no_regular_file_is_found_even_under_a_samples_name(packed: 
 
 PROBE = """
 import resource, sys
-from fcn_dist.data.verify import verify
+from fcn_dist.data.verifying.verify import verify
 verify(sys.argv[2], deep=True, workers=1)  # what is loaded for the first time
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 reports = verify(sys.argv[1], deep=True, workers=1)

@@ -11,11 +11,11 @@ from conftest import smooth
 from numpy.typing import NDArray
 from PIL import Image
 
-from fcn_dist.data.images import ORIENTATION_TAG, FileProblem, read_image
-from fcn_dist.data.masks import read_mask
+from fcn_dist.data.scenes.images import ORIENTATION_TAG, FileProblem, read_image
+from fcn_dist.data.scenes.masks import read_mask
+from fcn_dist.data.scenes.wholeness import is_whole_jpeg, plain_mask_size
 from fcn_dist.data.shard import Sample
 from fcn_dist.data.transforms import decode
-from fcn_dist.data.wholeness import is_whole_jpeg, plain_mask_size
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of odd metadata
 PIXELS = 2**16

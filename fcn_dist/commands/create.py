@@ -7,9 +7,9 @@ from pathlib import Path
 from rich.table import Table
 
 from fcn_dist.console import console
-from fcn_dist.data.packing import DEFAULT_SPLITS, PackReport, pack_scenes
-from fcn_dist.data.pairs import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY
-from fcn_dist.data.plan import DEFAULT_SAMPLES_PER_SHARD, PackOptions, Part
+from fcn_dist.data.packing.plan import DEFAULT_SAMPLES_PER_SHARD, PackOptions, Part
+from fcn_dist.data.packing.run import DEFAULT_SPLITS, PackReport, pack_scenes
+from fcn_dist.data.scenes.pairs import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY
 from fcn_dist.errors import UserError, named
 from fcn_dist.sizes import parse_size
 

@@ -15,7 +15,7 @@ from fcn_dist.console import console
 from fcn_dist.data.describe import Description, Spread, describe
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.transforms import decode
-from fcn_dist.data.verify import find_splits
+from fcn_dist.data.verifying.verify import find_splits
 from fcn_dist.deploy.lettering import BACKGROUND, draw_caption
 from fcn_dist.deploy.pictures import Picture, overlay, write_png
 from fcn_dist.errors import UserError, named

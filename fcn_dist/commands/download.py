@@ -5,8 +5,8 @@ import argparse
 from rich.table import Table
 
 from fcn_dist.console import console
-from fcn_dist.data.download.download import ALGORITHMS, DEFAULT_CHECKSUM, DEFAULT_URL, SceneCounts, download
 from fcn_dist.data.download.extract import DEFAULT_MAX_SIZE
+from fcn_dist.data.download.run import ALGORITHMS, DEFAULT_CHECKSUM, DEFAULT_URL, SceneCounts, download
 from fcn_dist.sizes import parse_size, show_size
 
 

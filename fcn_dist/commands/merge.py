@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from fcn_dist.console import console
-from fcn_dist.data.merge import merge
+from fcn_dist.data.packing.merge import merge
 from fcn_dist.errors import named
 
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from fcn_dist.console import console
-from fcn_dist.data.verify import SplitReport, verify
+from fcn_dist.data.verifying.verify import SplitReport, verify
 from fcn_dist.errors import UserError
 from fcn_dist.files import write_text
 

@@ -10,18 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcn_dist.config import DataConfig
+from fcn_dist.data.decoders import REDUCED, decode_image, decode_mask
 from fcn_dist.data.headers import jpeg_size, png_size
 from fcn_dist.data.shard import DamagedSample, Sample
 from fcn_dist.keys import Purpose, key64
 
 Pixels = NDArray[np.uint8]
-# Packing removed EXIF orientation; a tag that is there all the same must not turn the image under its mask.
-_UPRIGHT_RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-REDUCED = {
-    1: _UPRIGHT_RGB,
-    2: _UPRIGHT_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_2,  # the flag of the size alone; COLOR_2 adds the order BGR
-    4: _UPRIGHT_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_4,
-}
 # The decoder's shrinking and the one that follows are not one: where the second halves at least, crops of real scenes
 # are within 3 levels of 255 on average of those decoded whole, and 99 of 100 values within 18
 # (tests/test_transforms.py; usual on ADE and CamVid are 1 and 7).
@@ -34,8 +28,7 @@ def decode(sample: Sample, reduction: int = 1) -> tuple[Pixels, Pixels]:
     The JPEG decoder itself shrinks: it leaves out the frequencies that the smaller image cannot show, and the time they
     take. Raises DamagedSample, naming the key, if either does not decode.
     """
-    image = _imdecode(sample.image, REDUCED[reduction])
-    mask = _imdecode(sample.mask, cv2.IMREAD_GRAYSCALE)
+    image, mask = decode_image(sample.image, reduction), decode_mask(sample.mask)
     if image is None or mask is None or image.shape[:2] != tuple(-(-n // reduction) for n in mask.shape):
         found = [None if array is None else array.shape for array in (image, mask)]
         raise DamagedSample(sample.key, f"it decodes to image and mask of shapes {found}; two of one size are needed")
@@ -131,11 +124,3 @@ def crop_into(window: CropWindow, image: Pixels, mask: Pixels, image_out: Pixels
     if window.mirrored:
         for out in (image_out, mask_out):
             cv2.flip(out, 1, out)
-
-
-def _imdecode(payload: bytes, flags: int) -> Pixels | None:
-    try:
-        array: Pixels | None = cv2.imdecode(np.frombuffer(payload, np.uint8), flags)
-    except cv2.error:
-        return None
-    return array

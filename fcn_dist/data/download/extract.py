@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
-from fcn_dist.data.download.diskspace import check_space, write_all, writing
+from fcn_dist.data.diskspace import check_space, write_all, writing
 from fcn_dist.errors import UserError
 from fcn_dist.progress import transfer_progress
 

@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from fcn_dist.data.download.diskspace import check_space, write_all, writing
+from fcn_dist.data.diskspace import check_space, write_all, writing
 from fcn_dist.data.download.rangerequest import Answer, Changed, Origin, Trouble, ask, check_url
 from fcn_dist.errors import UserError
 from fcn_dist.files import sync, write_text

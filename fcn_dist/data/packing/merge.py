@@ -6,13 +6,13 @@ from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
-from fcn_dist.data.download.diskspace import writing
-from fcn_dist.data.plan import Part
-from fcn_dist.data.receipts import WORK_DIR, Receipt, has_bytes, read_receipt
+from fcn_dist.data.diskspace import writing
+from fcn_dist.data.packing.plan import Part
+from fcn_dist.data.packing.receipts import WORK_DIR, Receipt, has_bytes, read_receipt
+from fcn_dist.data.packing.unfinished import PLAN_NAME, claimed, close_work, read_plan, refuse_finished, write_plan
+from fcn_dist.data.packing.write_index import write_index
 from fcn_dist.data.shardset import ShardSet
-from fcn_dist.data.unfinished import PLAN_NAME, claimed, close_work, read_plan, refuse_finished, write_plan
 from fcn_dist.data.workers import Advance, check_workers, map_in_processes
-from fcn_dist.data.write_index import write_index
 from fcn_dist.errors import UserError, named
 from fcn_dist.files import replacing
 

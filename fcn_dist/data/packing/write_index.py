@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fcn_dist.data.packing.receipts import RECORDED_KEYS, Receipt, shard_entry
 from fcn_dist.data.pixel_counts import PixelCounts
-from fcn_dist.data.receipts import RECORDED_KEYS, Receipt, shard_entry
 from fcn_dist.data.shard import INDEX_NAME
 from fcn_dist.data.shardset import FORMAT_VERSION, INDEX_KIND
 from fcn_dist.data.shardtable import HEAD_SIZE, TABLE_NAME, records_of, totals_of, write_table

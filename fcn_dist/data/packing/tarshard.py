@@ -11,7 +11,7 @@ from zlib import crc32
 import numpy as np
 
 from fcn_dist.data.members import member_dtype, members_path
-from fcn_dist.data.pairs import PackedPair
+from fcn_dist.data.scenes.pairs import PackedPair
 from fcn_dist.data.shard import Shard
 from fcn_dist.files import replacing
 

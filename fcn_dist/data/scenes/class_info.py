@@ -1,10 +1,7 @@
 """What a scenes folder says of its classes: objectInfo150.txt and color150.mat in, names and colours out."""
 
-import struct
-import zlib
 from pathlib import Path
 
-from fcn_dist.data.matfile import read_uint8_matrix
 from fcn_dist.errors import UserError, named
 from fcn_dist.labels import LabelRule
 from fcn_dist.palette import palette
@@ -71,13 +68,15 @@ def read_colours(scenes_dir: Path, num_classes: int) -> tuple[tuple[int, int, in
     path = scenes_dir / COLOURS_NAME
     if not path.is_file():
         return palette(num_classes)
+    from scipy.io import loadmat
+
     try:
-        colours = read_uint8_matrix(path.read_bytes(), "colors")
-    except (OSError, ValueError, struct.error, zlib.error) as error:
+        colours = loadmat(path)["colors"]
+    except Exception as error:  # scipy raises whatever the damage leads it to
         raise UserError(
             f"{path} cannot be read ({error}); a MATLAB v5 file with an Nx3 uint8 array 'colors' is needed; "
             "restore it, or remove it for colours of our own"
         ) from error
-    if colours.shape != (num_classes, 3):
+    if colours.shape != (num_classes, 3) or colours.dtype.kind not in "ui":
         return palette(num_classes)
     return tuple((int(r), int(g), int(b)) for r, g, b in colours)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcn_dist.data.decoders import decode_image, decode_mask
-from fcn_dist.data.images import (
+from fcn_dist.data.scenes.images import (
     FileProblem,
     ImageRead,
     encode_image,
@@ -19,8 +19,8 @@ from fcn_dist.data.images import (
     max_bytes,
     read_image,
 )
-from fcn_dist.data.masks import MaskRead, encode_png, read_mask
-from fcn_dist.data.scenes import Pair, Problem, SourceFile
+from fcn_dist.data.scenes.listing import Pair, Problem, SourceFile
+from fcn_dist.data.scenes.masks import MaskRead, encode_png, read_mask
 
 DEFAULT_MAX_PIXELS = 2**26
 DEFAULT_QUALITY = 95

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fcn_dist.data.decoders import decode_image
-from fcn_dist.data.wholeness import is_whole_jpeg
+from fcn_dist.data.scenes.wholeness import is_whole_jpeg
 
 JPEG_FORMATS = ("JPEG", "MPO")  # MPO: several JPEGs in one file, of which readers take the first
 # Pillow knows formats that start other programs (EPS); only these are ever opened. (It opens MPO as JPEG.)

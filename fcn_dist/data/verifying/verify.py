@@ -11,7 +11,7 @@ from fcn_dist.data.pixel_counts import PixelCounts
 from fcn_dist.data.shard import INDEX_NAME
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.shardtable import TABLE_NAME, records_of
-from fcn_dist.data.verify_shard import Problem, ShardCheck, printable, verify_shard
+from fcn_dist.data.verifying.verify_shard import Problem, ShardCheck, printable, verify_shard
 from fcn_dist.data.workers import check_workers, map_in_processes
 from fcn_dist.errors import UserError
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fcn_dist.data.flocks import is_at, unlock_and_close
-from fcn_dist.data.plan import Part
-from fcn_dist.data.receipts import WORK_DIR, read_receipt, receipt_path
+from fcn_dist.data.packing.plan import Part
+from fcn_dist.data.packing.receipts import WORK_DIR, read_receipt, receipt_path
 from fcn_dist.data.shard import INDEX_NAME
 from fcn_dist.errors import UserError
 from fcn_dist.files import write_text

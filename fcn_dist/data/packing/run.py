@@ -10,13 +10,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fcn_dist.data.class_info import read_classes, read_colours
-from fcn_dist.data.pack_shard import ShardJob, ShardResult, finished, pack_shard
-from fcn_dist.data.pairs import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY
-from fcn_dist.data.plan import PackOptions, Part, SplitPlan, plan_shards
-from fcn_dist.data.scenes import IMAGE_DIR, MASK_DIR, Problem, find_pairs, refuse
-from fcn_dist.data.shardset import ShardSet
-from fcn_dist.data.unfinished import (
+from fcn_dist.data.packing.pack_shard import ShardJob, ShardResult, finished, pack_shard
+from fcn_dist.data.packing.plan import PackOptions, Part, SplitPlan, plan_shards
+from fcn_dist.data.packing.unfinished import (
     claimed,
     close_work,
     refuse_finished,
@@ -24,8 +20,12 @@ from fcn_dist.data.unfinished import (
     remove_leftovers,
     write_plan,
 )
+from fcn_dist.data.packing.write_index import write_index
+from fcn_dist.data.scenes.class_info import read_classes, read_colours
+from fcn_dist.data.scenes.listing import IMAGE_DIR, MASK_DIR, Problem, find_pairs, refuse
+from fcn_dist.data.scenes.pairs import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY
+from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.workers import check_workers, map_in_processes
-from fcn_dist.data.write_index import write_index
 from fcn_dist.errors import UserError
 
 DEFAULT_SPLITS = ("training", "validation")

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fcn_dist.data.decoders import decode_mask
-from fcn_dist.data.images import (
+from fcn_dist.data.scenes.images import (
     UNDECODABLE,
     FileProblem,
     load_picture,
@@ -17,7 +17,7 @@ from fcn_dist.data.images import (
     open_picture,
     orientation_of,
 )
-from fcn_dist.data.wholeness import plain_mask_size
+from fcn_dist.data.scenes.wholeness import plain_mask_size
 
 GRAY, PALETTE, GRAY_ALPHA = 0, 3, 4  # PNG colour types that hold labels
 _HEADER = struct.Struct(">IIBBBBB")  # width, height, bits, colour type, compression, filter, interlace

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from fcn_dist.data.pairs import PackedPair, PairRules, pack_pair
+from fcn_dist.data.packing.plan import ShardPlan
+from fcn_dist.data.packing.receipts import RECORDED_KEYS, Conversion, Receipt, read_receipt, remove_shard
+from fcn_dist.data.packing.tarshard import TarShard
 from fcn_dist.data.pixel_counts import PixelCounts
-from fcn_dist.data.plan import ShardPlan
-from fcn_dist.data.receipts import RECORDED_KEYS, Conversion, Receipt, read_receipt, remove_shard
-from fcn_dist.data.scenes import Problem
-from fcn_dist.data.tarshard import TarShard
+from fcn_dist.data.scenes.listing import Problem
+from fcn_dist.data.scenes.pairs import PackedPair, PairRules, pack_pair
 from fcn_dist.data.workers import Advance
 from fcn_dist.files import replacing, sync
 

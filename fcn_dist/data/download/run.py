@@ -9,12 +9,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fcn_dist.data.class_info import OBJECT_INFO_NAME, read_classes
-from fcn_dist.data.download.diskspace import writing
+from fcn_dist.data.diskspace import writing
 from fcn_dist.data.download.extract import DEFAULT_MAX_SIZE, BadZip, extract
 from fcn_dist.data.download.fetch import Wait, fetch, forget, is_fetched
 from fcn_dist.data.flocks import is_at, try_lock, unlock_and_close
-from fcn_dist.data.scenes import IMAGE_DIR, MASK_DIR, Problem, find_pairs
+from fcn_dist.data.scenes.class_info import OBJECT_INFO_NAME, read_classes
+from fcn_dist.data.scenes.listing import IMAGE_DIR, MASK_DIR, Problem, find_pairs
 from fcn_dist.errors import UserError, named
 from fcn_dist.files import sync
 

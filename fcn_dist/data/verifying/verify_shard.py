@@ -12,12 +12,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fcn_dist.data.images import FileProblem, max_bytes, read_image
-from fcn_dist.data.masks import read_mask
+from fcn_dist.data.packing.tarshard import IMAGE_SUFFIX, MASK_SUFFIX
 from fcn_dist.data.pixel_counts import PixelCounts
+from fcn_dist.data.scenes.images import FileProblem, max_bytes, read_image
+from fcn_dist.data.scenes.masks import read_mask
 from fcn_dist.data.shard import Sample, Shard, load_members
-from fcn_dist.data.tarshard import IMAGE_SUFFIX, MASK_SUFFIX
-from fcn_dist.data.tarwalk import Member, walk
+from fcn_dist.data.verifying.tarwalk import Member, walk
 from fcn_dist.data.workers import Advance
 from fcn_dist.errors import UserError
 from fcn_dist.files import sha256

@@ -14,8 +14,8 @@ import cv2
 import PIL
 
 import fcn_dist
-from fcn_dist.data.pairs import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY, PairRules
-from fcn_dist.data.scenes import Pair
+from fcn_dist.data.scenes.listing import Pair
+from fcn_dist.data.scenes.pairs import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY, PairRules
 from fcn_dist.errors import UserError
 
 DEFAULT_SAMPLES_PER_SHARD = 256

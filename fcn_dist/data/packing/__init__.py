@@ -1,0 +1,1 @@
+"""A scenes folder to shards: planned, packed one process a shard, continued, and merged from parts."""

@@ -1,0 +1,1 @@
+"""Shards held against their index: everything that is wrong, by name."""
