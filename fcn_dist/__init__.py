@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "pack": "fcn_dist.data.packing.run",
+    "merge": "fcn_dist.data.packing.merge",
     "ShardSet": "fcn_dist.data.shardset",
     "SampleStream": "fcn_dist.data.stream",
     "FCN": "fcn_dist.model.fcn",
@@ -22,6 +23,7 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 if TYPE_CHECKING:
+    from fcn_dist.data.packing.merge import merge as merge
     from fcn_dist.data.packing.run import pack as pack
     from fcn_dist.data.shardset import ShardSet as ShardSet
     from fcn_dist.data.stream import SampleStream as SampleStream

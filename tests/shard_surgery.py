@@ -42,3 +42,18 @@ def plant(split_dir: Path, change: Callable[[str, bytes, bytes], tuple[bytes, by
             entry[f"{field}filesize"] = of.stat().st_size
             entry[f"{field}sha256"] = hashlib.sha256(of.read_bytes()).hexdigest()
     (split_dir / "index.json").write_text(json.dumps(index | index_fields))
+
+
+def rewrite_records(
+    split_dir: Path, tar_name: str, change: Callable[["np.ndarray[tuple[int], np.dtype[np.void]]"], None]
+) -> None:
+    """Change the member records of one shard, and state their new digest in the index."""
+    path = members_path(split_dir / tar_name)
+    records = np.load(path)
+    change(records)
+    np.save(path, records)
+    index = json.loads((split_dir / "index.json").read_text())
+    entry = next(entry for entry in index["shardlist"] if entry["url"] == tar_name)
+    entry["members_filesize"] = path.stat().st_size
+    entry["members_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (split_dir / "index.json").write_text(json.dumps(index))

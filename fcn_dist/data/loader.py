@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from fcn_dist.config import DataConfig
 from fcn_dist.data.crops import BadSample, CropReader, read_arrays
 from fcn_dist.data.handoff import Place, Slots
+from fcn_dist.data.members import member_key
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.stream import SampleStream
 from fcn_dist.data.upcoming import read_ahead
@@ -125,7 +126,7 @@ def build_scene_loader(shard_set: ShardSet, rank: Rank, workers: int) -> Iterato
                 ahead.advance(number)
             shard, record = shard_set.locate(index)
             image, mask = read_arrays(shard_set, shard, record)
-            yield Scene(record["key"].decode(), torch.from_numpy(image)[None], torch.from_numpy(mask))
+            yield Scene(member_key(record), torch.from_numpy(image)[None], torch.from_numpy(mask))
 
     share = math.ceil((len(shard_set) - rank.index) / rank.world_size)
     return _run(wds.DataPipeline(indices, load, _errors_as_items), min(workers, max(share, 0)))

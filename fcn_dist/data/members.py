@@ -51,3 +51,8 @@ def parse_members(data: bytes, name: str, num_samples: int) -> "NDArray[np.void]
             f"{member_dtype(1).names} are needed; restore it, or pack the scenes again"
         )
     return members
+
+
+def member_key(record: "np.void") -> str:
+    """The sample's key; what is no UTF-8 in a damaged or hostile record is replaced, for it is only ever shown."""
+    return bytes(record["key"]).decode(errors="replace")

@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fcn_dist.data.members import members_path, parse_members
+from fcn_dist.data.members import member_key, members_path, parse_members
 from fcn_dist.data.remote.cache import NodeCache, RemoteFile
 from fcn_dist.errors import UserError
 from fcn_dist.files import sha256
@@ -102,7 +102,7 @@ class Shard:
         return self._read(record)
 
     def _read(self, record: "np.void") -> Sample:
-        key = record["key"].decode()
+        key = member_key(record)
         payloads = []
         try:
             with self.open() as file:

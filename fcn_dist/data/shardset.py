@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fcn_dist.data.members import member_key
 from fcn_dist.data.remote.cache import NodeCache, RemoteFile, node_cache
 from fcn_dist.data.remote.urls import is_url, read_blocks
 from fcn_dist.data.shard import INDEX_NAME, Sample, Shard, read_members
@@ -114,7 +115,7 @@ class ShardSet:
 
     def key(self, index: int) -> str:
         """The name of sample `index`."""
-        return str(self.locate(index)[1]["key"].decode())
+        return member_key(self.locate(index)[1])
 
     def read(self, index: int) -> Sample:
         """The encoded pair of sample `index`, its checksums compared.
