@@ -269,6 +269,31 @@ def test_ranks_that_do_not_divide_the_lanes_still_read_few_of_them(ranks: int) -
         assert len(lanes) <= 8 // ranks + 2
 
 
+@given(st.data())
+@settings(max_examples=80)
+def test_any_node_of_any_cluster_reads_its_share_of_a_window_and_little_more(data: st.DataObject) -> None:
+    """Nodes need not divide the lanes: each reads those that its ranks' run of the sorted batch touches, no others."""
+    lanes = data.draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12, 24]))
+    nodes, ranks_a_node = data.draw(st.sampled_from([(1, 4), (2, 3), (3, 2), (4, 1), (5, 2), (6, 1), (8, 1), (6, 4)]))
+    world_size, window = nodes * ranks_a_node, lanes * data.draw(st.integers(1, 3))
+    total = 120 if 120 % world_size == 0 and 120 % lanes == 0 else world_size * lanes
+    # A window is at least a step long, so that a step meets one window of each lane, or two where one ends.
+    block, windows = -(-total // window) + data.draw(st.integers(0, 30)), data.draw(st.integers(1, 5))
+    stream = Cut(window * block * windows, block, window, lanes).stream(data.draw(st.integers(0, 99)))
+    plan = BatchPlan(total, total // world_size, 1, world_size, lanes)
+    step = data.draw(st.integers(0, 2 * windows * window * block // total))
+    seen: list[int] = []
+    for node in range(nodes):
+        mine = [plan.positions(rank, step) for rank in range(node * ranks_a_node, (node + 1) * ranks_a_node)]
+        positions = [position for of_rank in mine for position in of_rank]
+        seen += positions
+        touched = {position % lanes for position in positions}
+        assert len(touched) <= -(-lanes // nodes) + 1
+        blocks = {int(sample) // block for sample in stream.samples(positions)}
+        assert len(blocks) <= len(touched) * 2 * (window // lanes + 2)
+    assert sorted(seen) == list(range(step * total, (step + 1) * total))
+
+
 def test_a_million_shards_over_thousands_of_ranks_are_planned_at_once_and_without_lists() -> None:
     """A billion samples, 512 lanes, 4096 ranks: the cost of a first batch is that of its own positions."""
     size, shard, ranks, lanes = 10**9, 1000, 4096, 512
