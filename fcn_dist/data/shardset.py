@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fcn_dist.data.members import member_key
 from fcn_dist.data.remote.cache import NodeCache, RemoteFile, node_cache
-from fcn_dist.data.remote.urls import is_url, read_blocks
+from fcn_dist.data.remote.urls import is_url, read_start
 from fcn_dist.data.shard import INDEX_NAME, Sample, Shard, read_members
 from fcn_dist.data.shardtable import HEAD_SIZE, TABLE_NAME, ShardTable, Totals, map_table, records_of, totals_of
 from fcn_dist.errors import UserError
@@ -129,7 +129,7 @@ class ShardSet:
 def _read_head(location: str, cache: NodeCache | None) -> bytes:
     """The whole index, or as much of a long one as all but its shards take."""
     if cache:
-        return b"".join(read_blocks(f"{location}/{INDEX_NAME}", HEAD_SIZE))
+        return read_start(f"{location}/{INDEX_NAME}", HEAD_SIZE)
     folder = Path(location)
     path = folder / INDEX_NAME
     try:

@@ -81,17 +81,9 @@ def shown_url(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
-def read_url(url: str, limit: int, retries: Retries = Retries()) -> bytes:
-    """A small file whole.
-
-    Raises UserError if it cannot be read, or has more than `limit` bytes.
-    """
-    data = b"".join(read_blocks(url, limit + 1, retries, exact=False))
-    if len(data) > limit:
-        raise UserError(
-            f"{shown_url(url)} has more than {limit} bytes, which is more than such a file may have; check the address"
-        )
-    return data
+def read_start(url: str, size: int, retries: Retries = Retries()) -> bytes:
+    """The first `size` bytes of a file, or all of a shorter one; errors as of `read_blocks`."""
+    return b"".join(read_blocks(url, size, retries, exact=False))
 
 
 def read_blocks(url: str, size: int, retries: Retries = Retries(), exact: bool = True) -> Iterator[bytes]:
