@@ -2,14 +2,17 @@
 
 import json
 import multiprocessing
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import gs_server
 import pytest
 import torch
 from colour_scenes import write_colour_scenes
+from gs_server import serving_gs
 from s3_server import BUCKET, serving_s3
 from shard_server import ShardServer, serving_folder
 
@@ -163,6 +166,17 @@ def test_a_set_on_s3_gives_the_batches_of_a_local_one(remote: Remote, workers: i
         anew = ShardSet.open(f"s3://{BUCKET}/sets/one", "training", replace(remote.cache, dir=remote.cache.dir / "b"))
         with pytest.raises(UserError, match=rf"s3://{BUCKET}/sets/one/training/training-000001\.tar is refused"):
             load(anew, stream_of(anew), 0, 1, workers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_set_on_gs_gives_the_batches_of_a_local_one(remote: Remote, workers: int) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with serving_gs(remote.local.dir, "sets/one/training", port):
+        shard_set = ShardSet.open(f"gs://{gs_server.BUCKET}/sets/one", "training", remote.cache)
+        found = load(shard_set, stream_of(shard_set), 0, 1, workers)
+        assert_same(found, load(remote.local, stream_of(remote.local), 0, 1, 0))
 
 
 # ---- a server that fails
