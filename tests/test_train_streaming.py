@@ -123,7 +123,7 @@ def test_within_the_budget_they_are_replaced_counted_over_ranks_and_listed_also_
     assert f"1 damaged sample replaced: {keys[0]!r} in " in first
     second = run_ranks(TRAIN, [*command, "--resume"], 2, tmp_path, TIME_LIMIT)
     assert f"2 damaged samples replaced: {keys[0]!r} in " in second and f"{keys[1]!r} in " in second
-    assert [line["key"] for line in lines(run, "bad_sample")] == keys
+    assert [(line["step"], line["key"]) for line in lines(run, "bad_sample")] == [(1, keys[0]), (3, keys[1])]
     assert [line["step"] for line in lines(run, "train")] == [1, 2, 3, 4]
 
 

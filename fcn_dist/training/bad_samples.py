@@ -23,8 +23,8 @@ class BadSamples:
         self._budget, self._rank, self._progress, self._journal = budget, rank, progress, journal
         self.reasons: dict[tuple[str, str], str] = on_rank_zero(rank, self._from_journal)
 
-    def add(self, step: int, found: Iterable[BadSample]) -> None:
-        """Take in what this rank met in training `step`. All ranks call it, when any of them met one.
+    def add(self, done: int, found: Iterable[BadSample]) -> None:
+        """Take in what this rank met in the step that ends as step `done`. All ranks call it, when any of them met one.
 
         Raises UserError, on all ranks alike, when there are more than the budget allows.
         """
@@ -36,9 +36,9 @@ class BadSamples:
             if (bad.shard, bad.key) in self.reasons:
                 continue
             self.reasons[bad.shard, bad.key] = bad.reason
-            self._progress.say(f"step {step}: replaced sample {bad.key!r} of {bad.shard}: {bad.reason}")
+            self._progress.say(f"step {done}: replaced sample {bad.key!r} of {bad.shard}: {bad.reason}")
             if self._journal:
-                self._journal.write(EVENT, step, **bad._asdict())
+                self._journal.write(EVENT, done, **bad._asdict())
         if len(self.reasons) > self._budget:
             raise UserError(
                 f"{len(self.reasons)} samples are damaged: {self.listed()}; data.max_bad_samples allows "

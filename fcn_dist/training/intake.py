@@ -38,8 +38,8 @@ class Intake:
             self._failure = error
         return micro_batches
 
-    def agree(self, step: int, micro_batches: list[Batch]) -> int:
-        """The labelled pixels of the whole global batch, at least 1. All ranks call it.
+    def agree(self, done: int, micro_batches: list[Batch]) -> int:
+        """The labelled pixels of the global batch that ends step `done`, at least 1. All ranks call it.
 
         Raises UserError, on all ranks alike, if a rank's loader failed, or damaged samples exceed their budget.
         """
@@ -50,5 +50,5 @@ class Intake:
         if failed:
             raise_together(self._failure, self.rank)
         if damaged:
-            self.bad_samples.add(step, found)
+            self.bad_samples.add(done, found)
         return max(1, int(total))

@@ -53,7 +53,8 @@ def train_steps(
     for step in range(first_step, job.steps):
         with meter.waiting():
             micro_batches = intake.take()
-        labelled = intake.agree(step, micro_batches)
+        done = step + 1
+        labelled = intake.agree(done, micro_batches)
         rate = learning_rate(recipe.schedule, job.config.learning_rate, step, job.steps)
         set_learning_rate(engine, job.groups, rate)
         # DeepSpeed averages over ranks and accumulation; the loss is a sum over labelled pixels of all of them.
@@ -66,7 +67,6 @@ def train_steps(
             engine.backward(loss * scale)
             engine.step()
             meter.add_loss(loss.detach() / labelled)
-        done = step + 1
         meter.add_step()
         progress.step(done)
 
