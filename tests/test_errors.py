@@ -84,6 +84,7 @@ def test_an_image_that_does_not_decode_is_named_at_packing(refused: Refused, sce
 def test_a_folder_that_is_no_shard_set(refused: Refused, tmp_path: Path) -> None:
     for command in ("verify", "describe"):
         assert str(tmp_path) in refused(command, tmp_path / "nothing")
+        assert "is an address in a store" in refused(command, "s3://bucket/shards")
     message = refused("train", "--shards", tmp_path, "--output", tmp_path / "run")
     assert "index.json" in message and not (tmp_path / "run").exists()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fcn_dist.data.pixel_counts import PixelCounts
+from fcn_dist.data.remote.urls import is_url
 from fcn_dist.data.shard import INDEX_NAME
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.shardtable import TABLE_NAME, records_of
@@ -29,6 +30,11 @@ class SplitReport:
 
 def find_splits(out_dir: Path) -> list[Path]:
     """`out_dir` itself if it has an index, else its folders that have one; UserError if there are none."""
+    if not out_dir.exists() and is_url(str(out_dir)):
+        raise UserError(
+            f"{out_dir} is an address in a store; a folder of this machine is needed; verify the set where it was "
+            "packed (of a remote one, readers check each file and each sample themselves)"
+        )
     if (out_dir / INDEX_NAME).exists():
         return [out_dir]
     folders = sorted(path.parent for path in out_dir.glob(f"*/{INDEX_NAME}"))
