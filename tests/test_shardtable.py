@@ -4,7 +4,9 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,6 +113,58 @@ def test_a_long_remote_index_is_read_by_its_head_and_table(with_table: Path, tmp
 def test_a_table_that_is_not_the_one_of_the_index_is_refused(with_table: Path, damage) -> None:  # type: ignore[no-untyped-def]
     damage(with_table / "training" / TABLE_NAME)
     with pytest.raises(UserError, match=r"shards\.npy cannot be used"):
+        ShardSet.open(with_table, "training")
+
+
+def forge_table(
+    folder: Path, change: Callable[["np.ndarray[tuple[int], np.dtype[np.void]]"], Any], **stated: Any
+) -> None:
+    """Another table under the index, with the digest that fits it."""
+    records = change(np.load(folder / TABLE_NAME))
+    np.save(folder / TABLE_NAME, records)
+    digest = hashlib.sha256((folder / TABLE_NAME).read_bytes()).hexdigest()
+    index = json.loads((folder / "index.json").read_text())
+    table = index["shard_table"] | {"filesize": (folder / TABLE_NAME).stat().st_size, "sha256": digest} | stated
+    text = write_index._text({**index, "shard_table": table})
+    (folder / "index.json").write_text(text)
+
+
+def renamed(name: bytes) -> Callable[["np.ndarray[tuple[int], np.dtype[np.void]]"], Any]:
+    def change(records: "np.ndarray[tuple[int], np.dtype[np.void]]") -> Any:
+        records["url"][4] = name
+        return records
+
+    return change
+
+
+@pytest.mark.parametrize("name", [b"../../x.tar", b"/etc/x.tar", b"a%2e.tar", b"x.zip", b"\xff\xfe", b""])
+def test_a_table_cannot_lead_elsewhere(with_table: Path, name: bytes) -> None:
+    forge_table(with_table / "training", renamed(name))
+    shard_set = ShardSet.open(with_table, "training")
+    shard_set.read(3)
+    with pytest.raises(UserError, match=r"is not the name of a tar file beside the index"):
+        shard_set.read(4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda records: records[["first", "nsamples"]].copy(),
+        lambda records: np.zeros(9),
+        lambda records: records.reshape(3, 3),
+        lambda records: records[:0],
+    ],
+)
+def test_a_table_of_another_form_is_refused(with_table: Path, change: Callable[[object], Any]) -> None:
+    forge_table(with_table / "training", change)
+    with pytest.raises(UserError, match=r"shards\.npy cannot be used"):
+        ShardSet.open(with_table, "training")
+
+
+@pytest.mark.parametrize("totals", [[9, 1, 0], [9, 1, -1], [10, 1, 1], [9, 1], None])
+def test_totals_that_do_not_fit_the_table_are_refused(with_table: Path, totals: object) -> None:
+    forge_table(with_table / "training", lambda records: records, totals=totals)
+    with pytest.raises(UserError):
         ShardSet.open(with_table, "training")
 
 

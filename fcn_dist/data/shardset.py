@@ -27,7 +27,7 @@ class ShardSet:
 
     dir: Path  # of a local set
     location: str  # folder or URL, as errors name it
-    index_sha256: str
+    index_sha256: str  # of its head, which is the whole index unless that is long; then the head has the list's digest
     cache: NodeCache | None  # of a remote set
     split: str
     shards: ShardTable
@@ -167,11 +167,12 @@ def _shard_table(location: str, index: dict[str, Any], cache: NodeCache | None) 
         records = records_of(index["shardlist"])
         return ShardTable(records, totals_of(records), location, cache)
     stated = index["shard_table"]
+    totals = Totals(*map(int, stated["totals"]))
     if cache:
         path = cache.fetch(RemoteFile(f"{location}/{TABLE_NAME}", stated["filesize"], stated["sha256"]))
     else:
         path = Path(location) / TABLE_NAME
-    return ShardTable(map_table(path, stated["sha256"]), Totals(*stated["totals"]), location, cache)
+    return ShardTable(map_table(path, stated["sha256"], totals), totals, location, cache)
 
 
 def _triple(values: list[float]) -> tuple[float, float, float]:

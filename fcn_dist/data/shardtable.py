@@ -60,8 +60,13 @@ class ShardTable(Sequence[Shard]):
         return shard
 
     def _make(self, record: "np.void") -> Shard:
+        try:
+            # Of a mapped table no name has been looked at yet.
+            name = check_plain_name(record["url"].decode(errors="replace"))
+        except ValueError as error:
+            raise UserError(f"{self._location}: {error}; restore the set, or pack the scenes again") from error
         return Shard(
-            Path(self._location) / record["url"].decode(),
+            Path(self._location) / name,
             int(record["nsamples"]),
             int(record["filesize"]),
             record["sha256"].tobytes().hex(),
@@ -138,13 +143,19 @@ def write_table(path: Path, records: "NDArray[np.void]") -> str:
     return sha256(path)
 
 
-def map_table(path: Path, digest: str) -> "NDArray[np.void]":
-    """The table at `path`, mapped; UserError if it is not the one that the index names."""
+def map_table(path: Path, digest: str, totals: Totals) -> "NDArray[np.void]":
+    """The table at `path`, mapped; UserError if it is not the one of which the index states digest and totals."""
     try:
         found = sha256(path)  # read in blocks: mapped pages would count as this process's memory
         if found != digest:
             raise ValueError(f"its SHA-256 is {found}, the index states {digest}")
         records: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
+        names = records.dtype["url"].itemsize if "url" in (records.dtype.names or ()) else 1
+        if records.dtype != record_dtype(names) or records.ndim != 1 or not len(records):
+            raise ValueError(f"it holds {records.dtype} of shape {records.shape}")
+        last = records[-1]
+        if int(last["first"]) + int(last["nsamples"]) != totals.samples or totals.most_samples < 1:
+            raise ValueError(f"its last shard does not end at the {totals.samples} samples that the index states")
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} cannot be used ({error}); restore it, or pack the scenes again") from error
     return records
