@@ -1,5 +1,6 @@
 """Evaluation on one process, against a plain loop over the scenes folder: full scores, softmax, argmax, counting."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from fcn_dist.config import ModelConfig
 from fcn_dist.data.packing.run import pack
+from fcn_dist.data.shard import DamagedSample
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.errors import UserError
 from fcn_dist.model.fcn import FCN
@@ -140,3 +142,22 @@ def test_every_rank_has_as_many_rounds_and_every_scene_is_in_one(shard_set: Shar
     assert len({len(share) for share in ranks}) == 1
     keys = [scene.key for share in ranks for scene in share if scene]
     assert sorted(keys) == [f"validation_{number:02d}" for number in range(COUNT)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_rank_whose_loader_fails_goes_on_with_its_rounds_and_keeps_the_error(
+    shard_set: ShardSet, tmp_path: Path, workers: int
+) -> None:
+    """Stopping early would leave the other ranks waiting."""
+    shutil.copytree(shard_set.dir, tmp_path / "validation")
+    damaged = ShardSet.open(tmp_path / "validation")
+    shard, record = damaged.locate(2)  # the second of rank 0
+    data = bytearray(shard.path.read_bytes())
+    data[int(record["image_offset"]) + 60] ^= 1
+    shard.path.write_bytes(data)
+    failures: list[UserError] = []
+    scenes = list(rounds(damaged, Rank(0, 2), workers, failures))
+    assert [scene is not None for scene in scenes] == [True, False, False]
+    assert len(failures) == 1 and repr(damaged.key(2)) in str(failures[0])
+    with pytest.raises(DamagedSample):
+        evaluate(network(NUM_CLASSES), damaged)

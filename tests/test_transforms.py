@@ -264,6 +264,17 @@ def test_headers_state_the_size_that_a_decoder_finds(height: int, width: int, pr
     assert jpeg_size(jpeg.getvalue()) == png_size(png.getvalue()) == (height, width)
 
 
+def test_tables_that_stand_before_the_frame_are_no_frame() -> None:
+    jpeg = encode(".jpg", np.zeros((24, 40, 3), np.uint8))
+    frame, tables = jpeg.index(b"\xff\xc0"), jpeg.index(b"\xff\xc4")
+    scan = jpeg.index(b"\xff\xda")
+    assert frame < tables < scan
+    # Huffman tables may stand anywhere before the scan; their marker lies among those of frames.
+    moved = jpeg[:frame] + jpeg[tables:scan] + jpeg[frame:tables] + jpeg[scan:]
+    assert decode(Sample("a", moved, encode(".png", np.zeros((24, 40), np.uint8))))[0].shape == (24, 40, 3)
+    assert jpeg_size(moved) == (24, 40)
+
+
 @given(st.binary(max_size=60), st.sampled_from([b"", b"\xff\xd8", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n"]))
 @settings(max_examples=200)
 def test_headers_of_garbage_state_no_size_or_some_size_and_end(tail: bytes, start: bytes) -> None:
