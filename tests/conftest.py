@@ -2,13 +2,14 @@
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from hypothesis import settings
+from loopback import Site, serving
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -87,6 +88,14 @@ def make_scenes(tmp_path: Path) -> MakeScenes:
         return root
 
     return make
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """A scripted HTTP server on loopback, which no proxy of this machine's stands before."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with serving() as running:
+        yield running
 
 
 def pixels(data: bytes | Path) -> NDArray[np.uint8]:

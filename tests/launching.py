@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,14 @@ def _run(command: Sequence[str], script: Path, folder: Path, timeout: float, wan
         reason = f"no end within {timeout} s" if code is None else f"exit code {code}, not {wanted}"
         pytest.fail(f"{' '.join(command)}: {reason}\n{text[-6000:]}")
     return text
+
+
+def group_members(group: int) -> list[int]:
+    """The processes of a group that are not zombies."""
+    members = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state, _, in_group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(in_group) == group and state != "Z":
+                members.append(int(folder.name))
+    return members

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loopback import Site, drop, file, serving, status
+from loopback import Site, drop, file, status
 from remote_files import FORK, SIZE, broken_off, by_name, content, empty_cache, kept, locked, processes, read, remote
 from s3_server import BUCKET, serving_s3
 
@@ -22,12 +22,6 @@ from fcn_dist.data.remote.urls import Retries
 from fcn_dist.errors import UserError
 
 pytestmark = pytest.mark.timeout(60)
-
-
-@pytest.fixture
-def site() -> Iterator[Site]:
-    with serving() as site:
-        yield site
 
 
 @pytest.fixture

@@ -2,13 +2,13 @@
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
-from loopback import Site, serving
+from loopback import Site
 from remote_files import LIMIT, SIZE, broken_off, by_name, content, empty_cache, kept, locked, processes, read, remote
 
 import fcn_dist.data.remote.cache
@@ -17,12 +17,6 @@ from fcn_dist.data.remote.cache import NodeCache, RemoteFile
 from fcn_dist.errors import UserError
 
 pytestmark = pytest.mark.timeout(60)
-
-
-@pytest.fixture
-def site() -> Iterator[Site]:
-    with serving() as site:
-        yield site
 
 
 @pytest.fixture

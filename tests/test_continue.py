@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import HEIGHT, WIDTH, MakeScenes, save_oriented, smooth, tree_bytes
+from launching import group_members
 
 import fcn_dist.files
 from fcn_dist.data.packing import pack_shard
@@ -95,17 +96,6 @@ def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + LIMIT
     while not condition():
         assert time.monotonic() < deadline, "it has not come to it"
-
-
-def group_members(group: int) -> list[int]:
-    """The processes of a group that are not zombies."""
-    members = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            state, _, in_group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
-            if int(in_group) == group and state != "Z":
-                members.append(int(folder.name))
-    return members
 
 
 @pytest.mark.parametrize("whole_group", [True, False])

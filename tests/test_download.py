@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 from conftest import MakeScenes
-from loopback import Site, file, serving, status
+from loopback import Site, file, status
 
 from fcn_dist.commands.entry import run_script
 from fcn_dist.data import diskspace
@@ -30,13 +29,6 @@ from fcn_dist.errors import UserError
 pytestmark = pytest.mark.timeout(60)
 SCRIPT = Path(__file__).resolve().parents[1] / "shards" / "download.py"
 TOP = "ADEChallengeData2016"
-
-
-@pytest.fixture
-def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with serving() as running:
-        yield running
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler
 from itertools import pairwise
@@ -12,7 +12,7 @@ from random import Random
 from unittest.mock import ANY
 
 import pytest
-from loopback import Reply, Site, chunked, drop, file, serving, status
+from loopback import Reply, Site, chunked, drop, file, status
 
 from fcn_dist.data.download.fetch import LONGEST_RETRY_AFTER, LONGEST_WAIT, MAX_TRIES, fetch, is_fetched
 from fcn_dist.errors import UserError
@@ -22,13 +22,6 @@ DATA = Random(0).randbytes(5000)
 OTHER = Random(1).randbytes(5000)
 HALF = 2000
 REST = f"bytes={HALF}-"
-
-
-@pytest.fixture
-def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with serving() as running:
-        yield running
 
 
 @pytest.fixture

@@ -1,14 +1,13 @@
 """Remote files read from a real server: what is refused, what is tried again, and what is taken at its word."""
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import fsspec
 import pytest
-from loopback import Site, chunked, drop, file, serving, status
+from loopback import Site, chunked, drop, file, status
 
 from fcn_dist.data.remote import transfer
 from fcn_dist.data.remote.urls import Retries, check_url, is_url, read_blocks, read_start, shown_url
@@ -19,12 +18,6 @@ pytestmark = pytest.mark.timeout(60)
 DATA = Random(0).randbytes(3_500_000)  # several blocks
 LOSS = 600_000  # more than what a client's own buffers hold when a connection is dropped, which may be lost
 AT_ONCE = Retries(tries=4, first=0)
-
-
-@pytest.fixture
-def site() -> Iterator[Site]:
-    with serving() as site:
-        yield site
 
 
 def read(url: str, size: int = len(DATA), retries: Retries = AT_ONCE) -> bytes:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from launching import group_members
 
 from fcn_dist.data.workers import Advance, map_in_processes
 from fcn_dist.errors import UserError
@@ -132,17 +133,6 @@ def test_progress_is_shown_with_rate_and_time_left_on_a_terminal_alone(tmp_path:
         assert words in shown, shown[-500:]
 
 
-def _group_members(group: int) -> list[int]:
-    """The processes of a group that are not zombies."""
-    members = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            state, _, in_group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
-            if int(in_group) == group and state != "Z":
-                members.append(int(folder.name))
-    return members
-
-
 def test_workers_end_in_the_midst_of_a_job_once_their_parent_is_dead(tmp_path: Path) -> None:
     (tmp_path / "endless.py").write_text(
         textwrap.dedent(
@@ -166,7 +156,7 @@ def test_workers_end_in_the_midst_of_a_job_once_their_parent_is_dead(tmp_path: P
             _until(lambda: len(list(tmp_path.glob("*.begun"))) == 3)
             process.kill()
             process.wait(30)
-            _until(lambda: not _group_members(process.pid))
+            _until(lambda: not group_members(process.pid))
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
