@@ -36,6 +36,9 @@ def start_ranks() -> Rank:
     # DeepSpeed calls names that torch has renamed; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if not dist.is_initialized():
+        # On CPU, DeepSpeed would compile a collective of its own, which only its inference uses, and leave 69 MB of
+        # shared memory a rank behind for good.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=False)
     return rank
 
