@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from fcn_dist.errors import UserError
+from fcn_dist.errors import EXIT_USER_ERROR, EarlyEnd, UserError
 from fcn_dist.ranks import Rank
 
-EXIT_USER_ERROR = 2
 # A launcher ends the other ranks within about a second of the first failure, so a rank that is still alive after
 # this many seconds is the only one that met its error, and must tell it itself.
 SILENT_RANK_GRACE = 5.0
@@ -19,7 +18,8 @@ status_console = Console(stderr=True, highlight=False, markup=False)  # standard
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Run `command` and return its exit code: 0, or 2 with one message on standard error for a UserError.
+    """Run `command` and return its exit code: 0, or with one message on standard error 2 for a UserError, and its own
+    code for an EarlyEnd, which all ranks raise together.
 
     Anything else is a bug and keeps its traceback.
     """
@@ -32,6 +32,10 @@ def run_command(command: Callable[[], None]) -> int:
         where = f" (rank {rank.index})" if rank.index else ""
         print(f"error{where}: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    except EarlyEnd as end:
+        if Rank.from_environment().index == 0:
+            print(end, file=sys.stderr, flush=True)
+        return end.code
     except BrokenPipeError:
         # The reader of our output, such as `head`, has what it wanted.
         sys.stderr.close()

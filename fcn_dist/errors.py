@@ -1,4 +1,9 @@
-"""What users can get wrong: one exception, raised anywhere, caught once per command."""
+"""How commands end early: exceptions raised anywhere, caught once per command, and the exit code of each."""
+
+EXIT_USER_ERROR = 2
+EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: stopped early, with a checkpoint; the same command goes on
+EXIT_DIVERGED = 76  # more steps were not finite than allowed: the same command would only meet them again
+EXIT_STUCK = 77  # a rank did nothing for too long; the same command goes on from the last checkpoint
 
 
 class UserError(Exception):
@@ -6,6 +11,17 @@ class UserError(Exception):
 
     The message says what is wrong, the value found, what is needed, and what to change.
     """
+
+
+class EarlyEnd(Exception):
+    """A run that ends before its last step, with an exit code of its own that schedulers can act on.
+
+    The message says what happened and how to go on.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def named(items: list[str], limit: int = 5) -> str:

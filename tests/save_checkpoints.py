@@ -21,9 +21,9 @@ from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
 from tiny_models import DESCRIPTION, tiny_network
 
+from fcn_dist.checkpoints.store import CheckpointState, commit, prepare
 from fcn_dist.config import Recipe, ScheduleConfig
 from fcn_dist.model.fcn import FCN
-from fcn_dist.training.checkpoint import CheckpointState, commit, prepare
 from fcn_dist.training.deepspeed_config import EngineConfig, resolve
 from fcn_dist.training.engine import build_engine, set_learning_rate, write_state
 from fcn_dist.training.schedule import parameter_groups

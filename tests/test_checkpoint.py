@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from fcn_dist import files
+from fcn_dist.checkpoints import store as checkpoint
+from fcn_dist.checkpoints.store import CheckpointState, commit, open_checkpoint, prepare, retain
 from fcn_dist.errors import UserError
-from fcn_dist.training import checkpoint
-from fcn_dist.training.checkpoint import CheckpointState, commit, open_checkpoint, prepare, retain
 
 
 def state_of(step: int) -> CheckpointState:

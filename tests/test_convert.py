@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import DESCRIPTION, tiny_network
 
+from fcn_dist.checkpoints.store import CheckpointState, commit, prepare
 from fcn_dist.commands import convert as command
 from fcn_dist.commands.entry import run_script
 from fcn_dist.deploy.convert import convert
@@ -18,7 +19,6 @@ from fcn_dist.deploy.modelfile import read_model_file
 from fcn_dist.deploy.predict import Predictor
 from fcn_dist.errors import UserError
 from fcn_dist.model.fcn import FCN
-from fcn_dist.training.checkpoint import CheckpointState, commit, prepare
 
 STATE = CheckpointState(
     step=1,

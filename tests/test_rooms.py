@@ -34,10 +34,11 @@ ROOMS = {
     "data": room("", "webdataset numpy cv2 PIL scipy fsspec aiohttp"),
     "model": room("", "torch safetensors numpy"),
     "scoring": room("data model", "torch numpy"),
-    "training": room("data model scoring", "deepspeed torch safetensors numpy tensorboard"),
-    "deploy": room("data model scoring training", "torch safetensors numpy cv2 PIL onnx"),
-    "reporting": room("data scoring training deploy", "numpy cv2 PIL matplotlib tensorboard"),
-    "commands": room("data model scoring training deploy reporting", "torch numpy cv2 PIL"),
+    "checkpoints": room("model", "torch safetensors numpy"),
+    "training": room("data model scoring checkpoints", "deepspeed torch safetensors numpy tensorboard"),
+    "deploy": room("data model scoring checkpoints training", "torch safetensors numpy cv2 PIL onnx"),
+    "reporting": room("data scoring checkpoints training deploy", "numpy cv2 PIL matplotlib tensorboard"),
+    "commands": room("data model scoring checkpoints training deploy reporting", "torch numpy cv2 PIL"),
 }
 # What single modules may import beyond their room's list, and those that may import less.
 ALSO = {"fcn_dist.data.loader": {"torch"}, "fcn_dist.data.handoff": {"torch"}, "fcn_dist.deploy.convert": {"deepspeed"}}
@@ -119,8 +120,8 @@ def test_a_module_imports_only_what_stands_above_it(module: str) -> None:
         ("fcn_dist.model.fcn", "from fcn_dist import data\nimport fcn_dist.data"),
         ("fcn_dist.scoring.metrics", "import fcn_dist.training.loop as loop"),
         ("fcn_dist.training.loop", "from fcn_dist.deploy import convert"),
-        ("fcn_dist.deploy.zero", "from deepspeed.utils import zero_to_fp32"),
-        ("fcn_dist.deploy.predict", "from fcn_dist.training.checkpoint import open_checkpoint"),
+        ("fcn_dist.checkpoints.zero", "from deepspeed.utils import zero_to_fp32"),
+        ("fcn_dist.deploy.predict", "from fcn_dist.checkpoints.store import open_checkpoint"),
         ("fcn_dist.deploy.predict", "import webdataset"),
         ("fcn_dist.deploy.pictures", "import torch"),
         ("fcn_dist.commands.train", "import deepspeed"),

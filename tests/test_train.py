@@ -11,10 +11,10 @@ import torch
 from launching import run_alone, run_ranks
 from safetensors.torch import load_file
 
+from fcn_dist.checkpoints.store import DEEPSPEED_TAG, checkpoints_dir, open_checkpoint
 from fcn_dist.commands.entry import run_script
 from fcn_dist.data.packing.run import pack
 from fcn_dist.data.synthetic import render
-from fcn_dist.training.checkpoint import DEEPSPEED_TAG, checkpoints_dir, open_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "launch" / "train.py"

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from tiny_models import DESCRIPTION
 from torch import Tensor
 
+from fcn_dist.checkpoints.masters import attribute_masters
+from fcn_dist.checkpoints.restricted import load_restricted
+from fcn_dist.checkpoints.zero import Consolidated, consolidate
 from fcn_dist.deploy.convert import convert
-from fcn_dist.deploy.masters import attribute_masters
-from fcn_dist.deploy.restricted import load_restricted
-from fcn_dist.deploy.zero import Consolidated, consolidate
 from fcn_dist.errors import UserError
 
 SCRIPT = Path(__file__).with_name("save_checkpoints.py")
@@ -129,8 +129,8 @@ def test_a_malicious_pickle_is_refused_by_name_and_never_run(files: Path, tmp_pa
 
 def test_deepspeeds_classes_are_read_as_inert_stand_ins(files: Path) -> None:
     state = load_restricted(files / OPTIMIZER_FILE.format(0))["optimizer_state_dict"]
-    assert type(state["loss_scaler"]).__module__ == "fcn_dist.deploy.restricted"
-    assert type(state["zero_stage"]).__module__ == "fcn_dist.deploy.restricted"
+    assert type(state["loss_scaler"]).__module__ == "fcn_dist.checkpoints.restricted"
+    assert type(state["zero_stage"]).__module__ == "fcn_dist.checkpoints.restricted"
 
 
 def test_a_missing_rank_is_named(files: Path) -> None:

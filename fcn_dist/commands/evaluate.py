@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 
+from fcn_dist.checkpoints.store import DEEPSPEED_TAG, open_checkpoint
+from fcn_dist.checkpoints.zero import consolidate
 from fcn_dist.console import console, status_console
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.transforms import decode
 from fcn_dist.deploy.modelfile import read_model_file
 from fcn_dist.deploy.pictures import Row, distinct, sheet, write_png
-from fcn_dist.deploy.zero import consolidate
 from fcn_dist.errors import UserError
 from fcn_dist.files import write_text
 from fcn_dist.model.description import ModelDescription
@@ -24,7 +25,6 @@ from fcn_dist.progress import count_progress
 from fcn_dist.ranks import Rank, cores_of
 from fcn_dist.scoring.evaluate import check_classes, evaluate, scores_other
 from fcn_dist.scoring.metrics import Scores
-from fcn_dist.training.checkpoint import DEEPSPEED_TAG, open_checkpoint
 
 SHEET_SCENES = 6
 

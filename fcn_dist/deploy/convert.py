@@ -11,13 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import fcn_dist
-from fcn_dist.deploy.modelfile import read_model_file, write_model_file
-from fcn_dist.deploy.zero import Consolidated, consolidate
-from fcn_dist.errors import UserError, named
-from fcn_dist.files import replacing
-from fcn_dist.model.description import ModelDescription
-from fcn_dist.model.fcn import torch_dtype
-from fcn_dist.training.checkpoint import (
+from fcn_dist.checkpoints.store import (
     DEEPSPEED_TAG,
     PROBE_NAME,
     Checkpoint,
@@ -25,6 +19,12 @@ from fcn_dist.training.checkpoint import (
     Damage,
     open_checkpoint,
 )
+from fcn_dist.checkpoints.zero import Consolidated, consolidate
+from fcn_dist.deploy.modelfile import read_model_file, write_model_file
+from fcn_dist.errors import UserError, named
+from fcn_dist.files import replacing
+from fcn_dist.model.description import ModelDescription
+from fcn_dist.model.fcn import torch_dtype
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Largest difference of any score, as a share of the largest score, by the coarsest arithmetic on either side. Weights

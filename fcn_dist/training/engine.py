@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fcn_dist.checkpoints.store import DEEPSPEED_TAG, PROBE_NAME, Checkpoint
 from fcn_dist.errors import UserError
 from fcn_dist.model.fcn import FCN
-from fcn_dist.training.checkpoint import DEEPSPEED_TAG, PROBE_NAME, Checkpoint
 from fcn_dist.training.deepspeed_config import EngineConfig
 from fcn_dist.training.schedule import ParameterGroup
 

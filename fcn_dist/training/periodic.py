@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fcn_dist.checkpoints import store as checkpoints
+from fcn_dist.checkpoints.store import CheckpointState
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.model.fcn import FCN
 from fcn_dist.progress import TrainingProgress
 from fcn_dist.scoring.evaluate import evaluate
 from fcn_dist.scoring.metrics import Scores
-from fcn_dist.training import checkpoint as checkpoints
-from fcn_dist.training.checkpoint import CheckpointState
 from fcn_dist.training.collective import barrier, on_rank_zero
 from fcn_dist.training.engine import Engine, write_state
 from fcn_dist.training.loop import Job

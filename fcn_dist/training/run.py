@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from fcn_dist.checkpoints import store as checkpoints
+from fcn_dist.checkpoints.store import Checkpoint
 from fcn_dist.config import Recipe
 from fcn_dist.data.loader import build_loader
 from fcn_dist.data.remote.cache import node_cache
@@ -23,9 +25,7 @@ from fcn_dist.model.pretrained import load_weights, read_weights
 from fcn_dist.progress import TrainingProgress
 from fcn_dist.ranks import Rank
 from fcn_dist.scoring.metrics import Scores
-from fcn_dist.training import checkpoint as checkpoints
 from fcn_dist.training.bad_samples import BadSamples
-from fcn_dist.training.checkpoint import Checkpoint
 from fcn_dist.training.collective import device, on_rank_zero, start_ranks
 from fcn_dist.training.deepspeed_config import EngineConfig, resolve
 from fcn_dist.training.engine import build_engine, read_state

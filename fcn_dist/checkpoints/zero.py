@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fcn_dist.deploy.masters import attribute_masters
-from fcn_dist.deploy.restricted import load_restricted
+from fcn_dist.checkpoints.masters import attribute_masters
+from fcn_dist.checkpoints.restricted import load_restricted
 from fcn_dist.errors import UserError, named
 
 MODEL_FILE = "mp_rank_00_model_states.pt"
