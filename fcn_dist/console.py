@@ -1,12 +1,13 @@
 """Rank-0 output: what a person sees of a command, and how a command ends."""
 
+import platform
 import sys
 import time
 from collections.abc import Callable
 
 from rich.console import Console
 
-from fcn_dist.errors import EXIT_USER_ERROR, EarlyEnd, UserError
+from fcn_dist.errors import EXIT_LOST_PEER, EXIT_USER_ERROR, EarlyEnd, LostPeer, UserError
 from fcn_dist.ranks import Rank
 
 # A launcher ends the other ranks within about a second of the first failure, so a rank that is still alive after
@@ -36,6 +37,10 @@ def run_command(command: Callable[[], None]) -> int:
         if Rank.from_environment().index == 0:
             print(end, file=sys.stderr, flush=True)
         return end.code
+    except LostPeer as loss:
+        rank = Rank.from_environment()
+        print(f"error (rank {rank.index} on {platform.node()}): {loss}", file=sys.stderr, flush=True)
+        return EXIT_LOST_PEER
     except BrokenPipeError:
         # The reader of our output, such as `head`, has what it wanted.
         sys.stderr.close()

@@ -1,5 +1,6 @@
 """How commands end early: exceptions raised anywhere, caught once per command, and the exit code of each."""
 
+EXIT_LOST_PEER = 1  # as for a bug: it was the lost rank's end that decides, and launchers report that one's code
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: stopped early, with a checkpoint; the same command goes on
 EXIT_DIVERGED = 76  # more steps were not finite than allowed: the same command would only meet them again
@@ -22,6 +23,13 @@ class EarlyEnd(Exception):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+
+class LostPeer(Exception):
+    """Another rank of the job is gone, and this one cannot go on without it; every rank that notices says so itself.
+
+    The message says how it showed. The cause stands in what the lost rank printed, if it could.
+    """
 
 
 def named(items: list[str], limit: int = 5) -> str:

@@ -1,5 +1,6 @@
 """Training jobs of real processes, to be watched, signalled and killed while they run."""
 
+import itertools
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from launching import group_members
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +34,8 @@ RECIPE: dict[str, Any] = {
     "checkpoint": {"every": 0},
     "log": {"every": 1},
 }
+
+_numbers = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,10 @@ class RunningJob:
 
     def ended(self, within: float = ENDS_WITHIN) -> int:
         """The command's exit code, once it and all it has started are gone."""
-        code = self.process.wait(STARTS_WITHIN)
+        try:
+            code = self.process.wait(STARTS_WITHIN)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"it has not ended\n{self.output()}")
         deadline = time.monotonic() + within
         while left := group_members(self.process.pid):
             assert time.monotonic() < deadline, f"{[psutil.Process(pid).cmdline() for pid in left]}\n{self.output()}"
@@ -94,8 +101,8 @@ class RunningJob:
 @contextmanager
 def running(command: Sequence[str], run: Path, environment: dict[str, str] | None = None) -> Iterator[RunningJob]:
     """A command in a process group of its own, of which nothing is left after the block."""
-    log = run.with_name(f"{run.name}.log")
-    with log.open("ab") as output:
+    log = run.with_name(f"{run.name}-{next(_numbers)}.log")
+    with log.open("wb") as output:
         process = subprocess.Popen(
             command,
             cwd=run.parent,

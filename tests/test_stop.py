@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from jobs import ENDS_WITHIN, RunningJob, free_port, journal, running, train_command
+from jobs import ENDS_WITHIN, ROOT, RunningJob, free_port, journal, running, train_command
 
 from fcn_dist.checkpoints.store import open_checkpoint
 from fcn_dist.errors import EXIT_REQUEUE
@@ -109,6 +109,32 @@ def test_a_killed_rank_ends_the_others_and_leaves_what_was_committed(packed: Pat
         job.ranks()[1].kill()
         assert job.ended() != 0
         assert open_checkpoint(job.run)[0].state.step >= 2
+    assert "error (rank 0 on " in job.output() and "another rank is gone" in job.output()
+    assert "fcn_dist/" not in job.output(), "a traceback"
+
+
+@pytest.mark.slow
+def test_an_exception_on_one_rank_keeps_its_traceback_and_ends_all(packed: Path, tmp_path: Path) -> None:
+    script = tmp_path / "broken.py"
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from fcn_dist.commands.entry import run_script\n"
+        "from fcn_dist.training import loop\n"
+        "to_device = loop.to_device\n"
+        "def broken(batch, *rest):\n"
+        "    if os.environ['RANK'] == '1' and 12 in batch.positions or 14 in batch.positions:\n"
+        "        raise KeyError('a bug')\n"
+        "    return to_device(batch, *rest)\n"
+        "loop.to_device = broken\n"
+        "sys.exit(run_script('train'))\n"
+    )
+    command = train_command(packed, tmp_path / "run", "--set", "checkpoint.every=1", ranks=2, script=script)
+    with running(command, tmp_path / "run") as job:
+        assert job.ended() == 1, job.output()
+    assert "KeyError: 'a bug'" in job.output()
+    assert open_checkpoint(job.run)[0].state.step in (2, 3)  # what was being written may be lost with the rank
+    assert job.output().count("Traceback") == 1
 
 
 @pytest.mark.slow

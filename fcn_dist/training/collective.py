@@ -2,9 +2,11 @@
 
 import ctypes
 import os
+import re
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import deepspeed
@@ -12,10 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fcn_dist.errors import UserError
+from fcn_dist.errors import LostPeer, UserError
 from fcn_dist.ranks import Rank, cores_of
 
 T = TypeVar("T")
+
+# How gloo, NCCL and the store say that the other end is gone; whatever else they raise is a bug.
+LOST_CONNECTION = re.compile(
+    r"closed by peer|reset by peer|[Tt]imed out|Broken pipe|No route to host|Connection refused|remote process exited",
+)
 
 
 def start_ranks() -> Rank:
@@ -81,6 +88,18 @@ def sum_over_ranks(values: Tensor, rank: Rank) -> Tensor:
     if rank.world_size > 1:
         dist.all_reduce(values)
     return values
+
+
+@contextmanager
+def noticing_lost_peers() -> Iterator[None]:
+    """Turn what a collective raises when another rank has died into a LostPeer that says it in a line."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's own classes derive from it
+        reason = str(error).partition("\n")[0].partition(". ")[0]  # the rest is advice
+        if not LOST_CONNECTION.search(reason):
+            raise
+        raise LostPeer(f"another rank is gone ({reason}); its own output says why; continue with --resume") from None
 
 
 def of_all_ranks(value: T, rank: Rank) -> list[T]:

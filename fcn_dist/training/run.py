@@ -25,7 +25,7 @@ from fcn_dist.ranks import Rank
 from fcn_dist.scoring.agreement import raise_together
 from fcn_dist.scoring.metrics import Scores
 from fcn_dist.training.bad_samples import BadSamples
-from fcn_dist.training.collective import device, of_all_ranks, on_rank_zero, start_ranks
+from fcn_dist.training.collective import device, noticing_lost_peers, of_all_ranks, on_rank_zero, start_ranks
 from fcn_dist.training.deepspeed_config import EngineConfig, resolve
 from fcn_dist.training.engine import build_engine, read_state
 from fcn_dist.training.entry import Entry, Start, clear, enter
@@ -63,9 +63,10 @@ def train(config: RunConfig) -> Scores | None:
 
     Returns the last evaluation's scores, the same on every rank; None if there was none.
     Raises UserError for what is wrong with shards, recipe, configuration or run folder, before anything is written;
-    EarlyEnd, on all ranks, once the state is saved, if any of them was asked to stop (see stop.py).
+    EarlyEnd, on all ranks, once the state is saved, if any of them was asked to stop (see stop.py); LostPeer if another
+    rank has died.
     """
-    with heeding_signals() as stop:
+    with heeding_signals() as stop, noticing_lost_peers():
         return _train(config, stop)
 
 

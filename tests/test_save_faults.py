@@ -1,0 +1,250 @@
+"""Saves that end badly: killed at every phase, on a disk without room, in a folder that another job has."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from jobs import ROOT, RunningJob, journal, running, train_command
+
+from fcn_dist.checkpoints.store import committed, open_checkpoint, step_of
+from fcn_dist.errors import EXIT_REQUEUE, UserError
+
+KILL = ROOT / "tests" / "kill_in_save.py"
+ON_EVERY_RANK = ["taking copies", "in a file", "all written"]
+ON_RANK_ZERO = [  # the only one that writes several files, and that commits
+    "between files",
+    "before the manifest",
+    "before the rename",
+    "before latest",
+    "before old ones go",
+    "while old ones go",
+]
+TRIALS = [
+    (phase, rank, background)
+    for background in (True, False)
+    for phase, ranks in (*((p, (0, 1)) for p in ON_EVERY_RANK), *((p, (0,)) for p in ON_RANK_ZERO))
+    for rank in ranks
+]
+EVERY = ("--set", "checkpoint.every=2", "--set", "checkpoint.keep=2")
+
+
+def losses(run: Path) -> dict[int, float]:
+    """By step; of a step that was trained twice, the later."""
+    return {line["step"]: line["loss"] for line in journal(run, "train")}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_rank_killed_at_any_phase_of_a_save_loses_no_more_than_the_steps_since(packed: Path, tmp_path: Path) -> None:
+    """Each of the 24 jobs continues what the one before it left, and is killed in its second save."""
+    run, found = tmp_path / "run", 0
+    for phase, rank, background in TRIALS:
+        options = [*EVERY, "--auto-resume", "--set", f"checkpoint.background={str(background).lower()}"]
+        command = train_command(packed, run, *options, ranks=2, config="zero2_fp32", script=KILL)
+        at = command.index(str(KILL)) + 1
+        command[at:at] = [phase, str(rank), "2"]
+        with running(command, run) as job:
+            code = job.ended()
+            assert code != 0, f"{phase}\n{job.output()}"
+        checkpoint, damages = open_checkpoint(run)
+        # The save before is whole at least, whatever the phase; only what was being removed may be half there.
+        assert checkpoint.state.step >= found + 2, f"{phase} on rank {rank}\n{job.output()}"
+        assert not damages
+        found = checkpoint.state.step
+    assert len(TRIALS) == 24
+
+    with running(train_command(packed, run, "--resume", "--steps", str(found + 1), ranks=2), run) as job:
+        assert job.ended() == 0, job.output()
+    leftovers = [path.name for path in (run / "checkpoints").iterdir() if path.name.endswith(".partial")]
+    assert leftovers == []
+    undisturbed = tmp_path / "undisturbed"
+    with running(train_command(packed, undisturbed, "--steps", str(found + 1), ranks=2), undisturbed) as job:
+        assert job.ended() == 0, job.output()
+    assert losses(run) == losses(undisturbed)
+
+
+# ---- damage ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the checkpoints of steps 2 and 4, as two ranks write them."""
+    run = tmp_path_factory.mktemp("saved") / "run"
+    with running(train_command(packed, run, *EVERY, "--steps", "4", ranks=2, config="zero2_bf16"), run) as job:
+        assert job.ended() == 0, job.output()
+    return run
+
+
+def damage(path: Path, kind: str, draw: random.Random) -> None:
+    """Change a file for certain."""
+    size = path.stat().st_size
+    if kind == "flip":
+        with path.open("r+b") as file:
+            at = draw.randrange(size)
+            file.seek(at)
+            byte = file.read(1)[0]
+            file.seek(at)
+            file.write(bytes([byte ^ 1 << draw.randrange(8)]))
+    elif kind == "truncate":
+        os.truncate(path, draw.randrange(size))
+    elif kind == "extend":
+        with path.open("ab") as file:
+            file.write(draw.randbytes(draw.randrange(1, 100)))
+    else:
+        path.unlink()
+
+
+@pytest.mark.slow
+def test_of_two_hundred_random_damages_every_one_is_noticed_and_named(saved: Path, tmp_path: Path) -> None:
+    draw = random.Random(0)
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    newest = run / "checkpoints" / "step-00000004"
+    whole = {path: path.read_bytes() for path in sorted(newest.rglob("*")) if path.is_file()}
+    assert len(whole) == 5  # DeepSpeed's model file and two optimizer files, probe and manifest
+    manifest = json.loads((newest / "manifest.json").read_text())
+    kinds = ["flip", "truncate", "extend", "delete"]
+    for trial in range(200):
+        path, kind = draw.choice(list(whole)), draw.choice(kinds)
+        damage(path, kind, draw)
+        if path.name == "manifest.json" and kind in ("flip", "extend"):
+            try:
+                harmless = json.loads(path.read_text()) == manifest  # in the space between JSON's words
+            except ValueError:
+                harmless = False
+            if harmless:
+                path.write_bytes(whole[path])
+                continue
+        checkpoint, damages = open_checkpoint(run)
+        assert checkpoint.state.step == 2, f"trial {trial}: {kind} of {path.name} was not noticed"
+        assert [one.dir for one in damages] == [newest]
+        if path.name != "manifest.json":
+            assert path.name in damages[0].reason, damages[0].reason
+        path.write_bytes(whole[path])
+    assert open_checkpoint(run)[0].state.step == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pointer", ["removed", "empty", "dangling", "older"])
+def test_a_damaged_newest_checkpoint_is_set_aside_and_training_goes_on_from_the_one_before(
+    pointer: str, saved: Path, packed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    damage(run / "checkpoints" / "step-00000004" / "probe.safetensors", "flip", random.Random(1))
+    latest = run / "checkpoints" / "latest"
+    if pointer == "removed":
+        latest.unlink()
+    else:
+        latest.write_text({"empty": "", "dangling": "step-00000009\n", "older": "step-00000002\n"}[pointer])
+    with running(train_command(packed, run, "--resume", "--steps", "5", ranks=2, config="zero2_bf16"), run) as job:
+        assert job.ended() == 0, job.output()
+    assert "step-00000004: probe.safetensors differs from its SHA-256" in job.output()
+    assert "continuing after step 2" in job.output()
+    assert [step_of(folder) for folder in committed(run)] == [5, 2]
+    assert (run / "checkpoints" / "damaged-step-00000004").is_dir()
+    assert latest.read_text() == "step-00000005\n"
+    before, after = losses(saved), losses(run)
+    assert [after[step] for step in (3, 4)] == [before[step] for step in (3, 4)]
+
+
+@pytest.mark.slow
+def test_auto_resume_never_begins_anew_where_checkpoints_have_been(saved: Path, packed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    for folder in committed(run):
+        shutil.rmtree(folder)
+    with running(train_command(packed, run, "--auto-resume", config="zero2_bf16"), run) as job:
+        assert job.ended() == 2
+    assert "has no checkpoint any more, and it had" in job.output()
+    assert losses(run) == losses(saved), "nothing is lost"
+
+
+# ---- disks without room ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for one checkpoint of the tiny network, not for two."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4000k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def failures(job: RunningJob) -> int:
+    return job.output().count("could not be written")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_full_disk_is_borne_for_some_saves_and_then_ends_the_run_with_its_path(
+    background: str, small_disk: Path, packed: Path, tmp_path: Path
+) -> None:
+    run = small_disk / "run"
+    more = ["--set", "checkpoint.every=2", "--set", "checkpoint.max_failures=2"]
+    more += ["--set", f"checkpoint.background={background}", "--set", "model.head_width=64"]
+    with running(train_command(packed, run, *more, ranks=2, config="zero2_fp32"), tmp_path / "run") as job:
+        job = RunningJob(job.process, run, job.log)
+        assert job.ended() == 2, job.output()
+    assert failures(job) == 3 and "training goes on (2 of 2 failures allowed)" in job.output()
+    assert "No space left on device" in job.output() and str(run / "checkpoints") in job.output()
+    checkpoint, damages = open_checkpoint(run)
+    assert (checkpoint.state.step, damages) == (2, [])
+    assert "step 2 is the newest checkpoint" in job.output()
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step-00000002"]
+
+
+@pytest.mark.slow
+def test_a_limit_on_file_size_on_one_rank_alone_is_met_by_all_together(packed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    script = tmp_path / "limited.py"
+    script.write_text(
+        "import os, resource, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from fcn_dist.commands.entry import run_script\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "sys.exit(run_script('train'))\n"
+    )
+    more = ["--set", "checkpoint.every=2", "--set", "checkpoint.max_failures=1"]
+    with running(train_command(packed, run, *more, ranks=2, config="zero2_fp32", script=script), run) as job:
+        assert job.ended() == 2, job.output()
+    assert failures(job) == 2 and "rank 1: [Errno 27] File too large" in job.output()
+    assert [line["step"] for line in journal(run, "train")] == [1, 2, 3, 4, 5]
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        open_checkpoint(run)
+    # It is provably fresh, so the same command may begin anew.
+    with running(train_command(packed, run, "--auto-resume", "--steps", "2", ranks=2), run) as job:
+        assert job.ended() == 0, job.output()
+
+
+# ---- two jobs, one folder --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_second_job_in_one_run_folder_is_refused_until_the_first_is_gone(packed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = train_command(packed, run, "--auto-resume", "--set", "checkpoint.every=2")
+    with running(command, run) as first:
+        first.until(lambda: bool(first.lines("checkpoint")))
+        with running(train_command(packed, run, "--resume"), run) as second:
+            assert second.ended() == 2
+        assert f"{run} is in use by process {first.ranks()[0].pid} on " in second.output()
+        first.until_step(max(line["step"] for line in first.lines("train")) + 2)  # and is not disturbed
+        first.process.kill()
+        first.ended()
+    with running(command, run) as third:
+        third.until(lambda: len(third.lines("start")) == 2)
+        third.process.terminate()
+        assert third.ended() == EXIT_REQUEUE, third.output()
