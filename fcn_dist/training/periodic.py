@@ -14,6 +14,7 @@ from fcn_dist.scoring.metrics import Scores
 from fcn_dist.training.collective import barrier, on_rank_zero
 from fcn_dist.training.engine import Engine, write_state
 from fcn_dist.training.loop import Job
+from fcn_dist.training.phases import PhaseClock
 from fcn_dist.training.runfolder import TRAINING_SPLIT, Journal, RunRecord
 
 
@@ -25,6 +26,7 @@ class Scorer:
     engine: Engine
     shard_set: ShardSet | None
     job: Job
+    clock: PhaseClock
     progress: TrainingProgress
     journal: Journal | None
     summary: dict[str, Any] | None
@@ -34,7 +36,14 @@ class Scorer:
         if self.shard_set is None:
             return
         workers = self.job.recipe.data.workers
-        self.last = evaluate(self.model, self.shard_set, forward=self.engine, rank=self.job.rank, workers=workers)
+        self.last = evaluate(
+            self.model,
+            self.shard_set,
+            forward=self.engine,
+            rank=self.job.rank,
+            workers=workers,
+            advance=lambda samples: self.clock.advance(),
+        )
         official = self.last.official
         self.progress.say(
             f"step {done}: {self.shard_set.split} pixel accuracy {100 * official.pixel_accuracy:.2f} %, mean IoU "

@@ -26,12 +26,15 @@ from fcn_dist.progress import TrainingProgress
 from fcn_dist.ranks import Rank
 from fcn_dist.scoring.metrics import Scores
 from fcn_dist.training.bad_samples import BadSamples
+from fcn_dist.training.beats import RANKS_DIR
 from fcn_dist.training.collective import device, on_rank_zero, start_ranks
 from fcn_dist.training.deepspeed_config import EngineConfig, resolve
 from fcn_dist.training.engine import build_engine, read_state
 from fcn_dist.training.intake import Intake
 from fcn_dist.training.loop import Job, train_steps
+from fcn_dist.training.pace import DeviceEvents, PaceReport
 from fcn_dist.training.periodic import Keeper, Scorer
+from fcn_dist.training.phases import PhaseClock
 from fcn_dist.training.runfolder import (
     TRAINING_SPLIT,
     Journal,
@@ -43,6 +46,8 @@ from fcn_dist.training.runfolder import (
     write_run_record,
 )
 from fcn_dist.training.schedule import check_warmup, parameter_groups, total_steps
+from fcn_dist.training.waits import waits_measured
+from fcn_dist.training.watchdog import start_watchdog
 
 # How samples are fetched decides nothing of which they are.
 NOT_DECISIVE = {"workers", "max_bad_samples", "cache_dir", "cache_limit", "read_ahead"}
@@ -90,16 +95,29 @@ def train(config: RunConfig) -> Scores | None:
     todo = range(first_step, steps)
     batches = build_loader(shard_set, stream, engine_config.plan, recipe.data, rank.index, todo, pin)
     journal = Journal(config.output, first_step) if rank.index == 0 else None
-    with TrainingProgress(steps, first_step, shown=rank.index == 0) as progress:
+    events = DeviceEvents() if job.device.type == "cuda" else None
+    clock = PhaseClock(first_step, events.mark) if events else PhaseClock(first_step)
+    watchdog = start_watchdog(config.output / RANKS_DIR, rank, clock, recipe.train.watchdog)
+    with watchdog, waits_measured(clock), TrainingProgress(steps, first_step, shown=rank.index == 0) as progress:
         progress.say(headline(record, description, filled, first_step))
         keeper = Keeper(config.output, job, record, engine, progress, journal)
-        scorer = Scorer(model, engine, validation, job, progress, journal, found.state.scores if found else None)
+        scorer = Scorer(model, engine, validation, job, clock, progress, journal, found.state.scores if found else None)
         if journal:
             journal.write("start", first_step, world_size=rank.world_size, command=record.command)
         bad_samples = BadSamples(recipe.data.max_bad_samples, rank, progress, journal)
         intake = Intake(batches, engine_config.plan.accumulation, rank, job.device, bad_samples)
+        pace = PaceReport(rank, clock, job.device, events, first_step, progress, journal)
         train_steps(
-            job, engine, intake, first_step, progress, journal, scorer, lambda done: keeper.save(done, scorer.summary)
+            job,
+            engine,
+            intake,
+            clock,
+            pace,
+            first_step,
+            progress,
+            journal,
+            scorer,
+            lambda done: keeper.save(done, scorer.summary),
         )
         if summary := bad_samples.summary():
             progress.say(summary)
