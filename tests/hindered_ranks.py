@@ -1,7 +1,7 @@
-"""launch/train.py with one rank hindered, as HINDER says: RANK:WHERE:SECONDS[:CALLS], such as 1:forward:0.2.
+"""launch/train.py with ranks hindered as HINDER says: RANK:WHERE:SECONDS[:CALLS], such as 1:forward:0.2, by commas.
 
 The rank sleeps for so long in each call after the first CALLS. WHERE is `data` (in its loader processes), `forward`,
-`backward`, `evaluate` (each sample), or `save` (it writes 1 MiB more a tenth of a second, as a slow disk would take it).
+`backward`, `evaluate` (each sample), or `save`, where it writes to SLOW_FILE for so long, as to a slow disk.
 """
 
 import os
@@ -15,21 +15,40 @@ from fcn_dist.checkpoints import store
 from fcn_dist.commands.entry import run_script
 from fcn_dist.data.crops import CropReader
 from fcn_dist.model.fcn import FCN
-from fcn_dist.scoring import evaluate
+from fcn_dist.scoring import evaluate as scoring
 from fcn_dist.training import loop
 
-RANK, WHERE, SECONDS, *CALLS = os.environ["HINDER"].split(":")
-left = int(CALLS[0]) if CALLS else 0
 
+class Hinder:
+    """What one entry of HINDER asks for."""
 
-def hinder(*_: object) -> None:
-    global left
-    if left > 0:
-        left -= 1
-    elif WHERE == "save":
-        write_slowly(Path(os.environ["SLOW_FILE"]), float(SECONDS))
-    else:
-        time.sleep(float(SECONDS))
+    def __init__(self, entry: str) -> None:
+        self.rank, self.where, seconds, *calls = entry.split(":")
+        self.seconds = float(seconds)
+        self.left = int(calls[0]) if calls else 0
+
+    def __call__(self, *_: object) -> None:
+        if self.left > 0:
+            self.left -= 1
+        elif self.where == "save":
+            write_slowly(Path(os.environ["SLOW_FILE"]), self.seconds)
+        else:
+            time.sleep(self.seconds)
+
+    def before(self, action: Callable[..., Any]) -> Callable[..., Any]:
+        def hindered(*arguments: Any, **options: Any) -> Any:
+            self()
+            return action(*arguments, **options)
+
+        return hindered
+
+    def in_backward(self, action: Callable[..., Any]) -> Callable[..., Any]:
+        def hindered(*arguments: Any, **options: Any) -> Any:
+            loss = action(*arguments, **options)
+            loss.register_hook(self)
+            return loss
+
+        return hindered
 
 
 def write_slowly(path: Path, seconds: float) -> None:
@@ -41,33 +60,18 @@ def write_slowly(path: Path, seconds: float) -> None:
             time.sleep(0.1)
 
 
-def before(action: Callable[..., Any]) -> Callable[..., Any]:
-    def hindered(*arguments: Any, **options: Any) -> Any:
-        hinder()
-        return action(*arguments, **options)
-
-    return hindered
-
-
-def slow_backward(action: Callable[..., Any]) -> Callable[..., Any]:
-    def hindered(*arguments: Any, **options: Any) -> Any:
-        loss = action(*arguments, **options)
-        loss.register_hook(hinder)
-        return loss
-
-    return hindered
-
-
-PLACES: dict[str, tuple[Any, str, Callable[[Callable[..., Any]], Callable[..., Any]]]] = {
-    "data": (CropReader, "fill", before),
-    "forward": (FCN, "forward", before),
-    "backward": (loop, "summed_cross_entropy", slow_backward),
-    "evaluate": (evaluate, "argmax_upsampled", before),
-    "save": (store, "commit", before),
+PLACES: dict[str, tuple[Any, str]] = {
+    "data": (CropReader, "fill"),
+    "forward": (FCN, "forward"),
+    "backward": (loop, "summed_cross_entropy"),
+    "evaluate": (scoring, "argmax_upsampled"),
+    "save": (store, "commit"),
 }
 
 if __name__ == "__main__":
-    if os.environ.get("RANK", "0") == RANK:
-        owner, name, change = PLACES[WHERE]
-        setattr(owner, name, change(getattr(owner, name)))
+    for hinder in map(Hinder, os.environ["HINDER"].split(",")):
+        if os.environ.get("RANK", "0") == hinder.rank:
+            owner, name = PLACES[hinder.where]
+            change = hinder.in_backward if hinder.where == "backward" else hinder.before
+            setattr(owner, name, change(getattr(owner, name)))
     sys.exit(run_script("train"))

@@ -66,7 +66,7 @@ class Beat:
     @property
     def where(self) -> str:
         """In words."""
-        return f"in step {self.step}, {self.phase.value}" if self.step else self.phase.value
+        return f"in step {self.step}, {self.phase.value}"
 
     @property
     def waits(self) -> bool:

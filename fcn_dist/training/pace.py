@@ -97,17 +97,20 @@ class PaceReport:
         self._rank, self._clock, self._device, self._events = rank, clock, device, events
         self._progress, self._journal = progress, journal
         self._computed = 0.0
-        self._done, self._before = first_step, self._so_far()
+        self._first_step = self._done = first_step
+        self._before = self._so_far()
         self._known: set[tuple[int, bool]] = set()
         self._hosts = [platform.node()] * rank.world_size
         if rank.world_size > 1:
             dist.all_gather_object(self._hosts, platform.node())
 
     def compare(self, done: int) -> None:
-        """Compare the ranks' paces from the last call to step `done`. All ranks call it."""
+        """Compare the ranks' paces since the last call, step `done` being the last one. All ranks call it."""
         so_far, steps = self._so_far(), done - self._done
         mine = [(now - before) / steps for now, before in zip(so_far, self._before, strict=True)]
-        self._done, self._before = done, so_far
+        self._done, self._before, is_first = done, so_far, self._done == self._first_step
+        if is_first:
+            return  # its steps hold the start of loaders and devices, which tells nothing of those to come
         stragglers = find_stragglers([Pace(*pace) for pace in gather(mine, self._rank, self._device)])
         for straggler in stragglers:
             if (straggler.rank, straggler.waits_for_data) not in self._known:
@@ -126,9 +129,9 @@ class PaceReport:
 
     def _tell(self, done: int, straggler: Straggler) -> None:
         host, pace = self._hosts[straggler.rank], straggler.pace
-        what = "waits for data" if straggler.waits_for_data else "computes"
+        what = "it waits for data" if straggler.waits_for_data else "its computing takes longer"
         self._progress.say(
-            f"step {done}: rank {straggler.rank} on {host} slows the others down: it {what}; a step takes "
+            f"step {done}: rank {straggler.rank} on {host} slows the others down: {what}; a step takes "
             f"{pace.own:.2f} s of its own ({pace.data:.2f} s waiting for data, {pace.computing:.2f} s computing), of "
             f"the typical rank {straggler.typical:.2f} s"
         )

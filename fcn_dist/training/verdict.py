@@ -27,7 +27,8 @@ def judge(beats: Mapping[int, Beat], silent: Mapping[int, str], world_size: int)
     nothing was heard; those furthest behind; of these, those that are not inside a collective while others are.
     """
     if silent:
-        return Verdict(tuple(sorted(silent)), named(sorted(set(silent.values()))))
+        reason = named(sorted(set(silent.values())))
+        return Verdict(tuple(sorted(silent)), f"{reason} (its place is that of its last beat)")
     unknown = tuple(rank for rank in range(world_size) if rank not in beats)
     if unknown:
         return Verdict(unknown, "nothing on record here: it has ended, or its run folder is another")
@@ -47,9 +48,11 @@ def judge(beats: Mapping[int, Beat], silent: Mapping[int, str], world_size: int)
 def report(beats: Mapping[int, Beat], verdict: Verdict, waited: float, stacks_dir: str, world_size: int) -> str:
     """The verdict, then where each rank is; ranks with the same stack together, those to blame first."""
     lines = [f"no rank has made progress for {waited:.0f} s (train.watchdog), so the job ends with code {EXIT_STUCK}:"]
+    waiting = sorted({beat.where for rank, beat in beats.items() if rank not in verdict.ranks})
     for rank in verdict.ranks:
         where = f" {beats[rank].where}" if rank in beats else ""
-        lines.append(f"{_name(rank, beats)} holds the others up{where}: {verdict.reason}")
+        others = f"; the others wait {named(waiting)}" if waiting else ""
+        lines.append(f"{_name(rank, beats)} holds the others up{where}: {verdict.reason}{others}")
     if world_size == 1:
         lines[1:] = [f"it is {beats[0].where}"] if 0 in beats else []
     elif not verdict.ranks:
