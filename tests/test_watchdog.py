@@ -17,9 +17,10 @@ import pytest
 from launching import group_members, run_alone, run_ranks
 
 from fcn_dist.checkpoints.store import open_checkpoint
+from fcn_dist.config import TrainConfig
 from fcn_dist.data.packing.run import pack
 from fcn_dist.data.synthetic import render
-from fcn_dist.errors import EXIT_STUCK
+from fcn_dist.errors import EXIT_STUCK, UserError
 from fcn_dist.training.beats import Beat, Process, beat_path, read_beat, stack_of, this_process, write_beat
 from fcn_dist.training.phases import Phase, PhaseClock
 from fcn_dist.training.verdict import Verdict, judge, report
@@ -127,6 +128,13 @@ def test_the_clock_adds_up_each_phase_and_every_entry_and_advance_is_progress() 
     assert clock.now.step == 5 and clock.now.ticks == 4
     assert clock.blocked[Phase.AGREEING] == 2.0 and clock.blocked[Phase.DATA] == 0
     assert clock.seconds[Phase.DATA] > 0 and clock.seconds[Phase.FORWARD] == 0
+
+
+@pytest.mark.parametrize("value", [-1, 4.9, float("inf"), float("nan")])
+def test_a_limit_too_short_to_be_kept_is_refused(value: float) -> None:
+    assert TrainConfig(watchdog=0).watchdog == 0
+    with pytest.raises(UserError, match=r"train\.watchdog is .*; needed: 5 s or more, or 0"):
+        TrainConfig(watchdog=value)
 
 
 @pytest.fixture(scope="module")
