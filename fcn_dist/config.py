@@ -107,8 +107,12 @@ class TrainConfig:
 
     global_batch: int | None = None  # images a step, over all ranks; None: as the DeepSpeed configuration gives it
     seed: int = 0
+    watchdog: float = 600.0  # seconds without progress on any rank that end the job; 0: never
 
     def __post_init__(self) -> None:
+        _check(
+            self.watchdog == 0 or 5 <= self.watchdog < math.inf, "train.watchdog", self.watchdog, "5 s or more, or 0"
+        )
         _check(
             self.global_batch is None or self.global_batch >= 1,
             "train.global_batch",

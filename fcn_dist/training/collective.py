@@ -7,11 +7,13 @@ import socket
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.constants import default_pg_timeout
 from torch import Tensor
 
 from fcn_dist.errors import LostPeer, UserError
@@ -48,6 +50,14 @@ def start_ranks() -> Rank:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=False)
     return rank
+
+
+def allow_waits(seconds: float) -> None:
+    """Let collectives of all groups wait for at least so long before torch ends the process for it."""
+    # DeepSpeed makes groups of its own and has no way to say how long they wait: torch's default is 10 minutes with
+    # NCCL, whatever the default group has.
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(max(default_pg_timeout, timedelta(seconds=seconds)), group)
 
 
 def keep_freed_memory() -> None:

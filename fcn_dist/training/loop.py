@@ -1,7 +1,5 @@
 """The loop: batch, forward, backward, step; then log, evaluate and save when they are due."""
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +14,8 @@ from fcn_dist.training.engine import Engine, loss_scale, set_learning_rate
 from fcn_dist.training.intake import Intake
 from fcn_dist.training.job import Job
 from fcn_dist.training.keeper import Keeper
+from fcn_dist.training.pace import PaceReport
+from fcn_dist.training.phases import TRAINING_PHASES, Phase, PhaseClock
 from fcn_dist.training.runfolder import Journal
 from fcn_dist.training.schedule import learning_rate
 from fcn_dist.training.scorer import Scorer
@@ -25,6 +25,8 @@ def train_steps(
     job: Job,
     engine: Engine,
     intake: Intake,
+    clock: PhaseClock,
+    pace: PaceReport,
     first_step: int,
     progress: TrainingProgress,
     journal: Journal | None,
@@ -33,12 +35,13 @@ def train_steps(
 ) -> int:
     """Train steps `first_step` to `job.steps`, or fewer if a rank is asked to stop; returns the steps done."""
     recipe, plan, seed = job.recipe, job.config.plan, job.recipe.train.seed
-    meter = Meter(job.device)
+    meter = Meter(job.device, clock)
     done = first_step
     engine.train()
     for step in range(first_step, job.steps):
-        with meter.waiting():
-            micro_batches = intake.take()
+        clock.enter(Phase.DATA, step + 1)
+        micro_batches = intake.take()
+        clock.enter(Phase.AGREEING)
         agreed = intake.agree(step + 1, micro_batches)
         if agreed.stop:
             break
@@ -48,13 +51,16 @@ def train_steps(
         # DeepSpeed averages over ranks and accumulation; the loss is a sum over labelled pixels of all of them.
         scale = plan.world_size * plan.accumulation / agreed.labelled
         for batch in micro_batches:
+            clock.enter(Phase.FORWARD)
             images, targets = to_device(batch, recipe.data, seed, job.device)
             dropout_keys = [key64(seed, position) for position in batch.positions]
             coarse = engine(images, coarse=True, dropout_keys=dropout_keys)
             loss = summed_cross_entropy(coarse, targets, job.stride)
+            clock.enter(Phase.BACKWARD)
             engine.backward(loss * scale)
             engine.step()
             meter.add_loss(loss.detach() / agreed.labelled)
+        clock.enter(Phase.LOGGING)
         meter.add_step()
         progress.step(done)
 
@@ -63,13 +69,14 @@ def train_steps(
             progress.figures(done, figures)
             if journal:
                 journal.write("train", done, **figures)
+            pace.compare(done)
         if due(done, recipe.evaluate.every, job.steps) and (done < job.steps or recipe.evaluate.at_end):
-            with meter.pausing():
-                scorer.score(done)
-        with meter.pausing():
-            keeper.advance()
-            if done < job.steps and due(done, recipe.checkpoint.every, job.steps):
-                keeper.save(done, scorer.summary)
+            clock.enter(Phase.EVALUATING)
+            scorer.score(done)
+        clock.enter(Phase.SAVING)
+        keeper.advance()
+        if done < job.steps and due(done, recipe.checkpoint.every, job.steps):
+            keeper.save(done, scorer.summary)
     return done
 
 
@@ -83,18 +90,10 @@ class Meter:
     """Figures of the steps since they were last read."""
 
     device: torch.device
+    clock: PhaseClock
     _losses: list[torch.Tensor] = field(default_factory=list)
     _steps: int = 0
-    _waited: float = 0.0
-    _began: float = field(default_factory=time.perf_counter)
-
-    def waiting(self) -> "Stopwatch":
-        """Time spent waiting for data."""
-        return Stopwatch(self._add_wait)
-
-    def pausing(self) -> "Stopwatch":
-        """Time that is not training: evaluation and saving."""
-        return Stopwatch(self._add_pause)
+    _before: tuple[float, float] = (0.0, 0.0)
 
     def add_loss(self, share: torch.Tensor) -> None:
         """One micro-batch's share of a global batch's loss; stays on the device until it is read."""
@@ -108,8 +107,9 @@ class Meter:
         """The figures over all ranks, and a fresh start. All ranks call it."""
         loss = sum_over_ranks(torch.stack(self._losses).sum(), job.rank)
         mean_loss = float(loss) / self._steps  # waits for the device, so that the time below is the steps' own
-        elapsed = time.perf_counter() - self._began
-        waited = sum_over_ranks(torch.tensor([self._waited], device=self.device), job.rank)
+        self.clock.enter(Phase.LOGGING)  # which adds up the seconds until now
+        elapsed, waited = (now - before for now, before in zip(self._seconds(), self._before, strict=True))
+        waited = float(sum_over_ranks(torch.tensor([waited], device=self.device), job.rank))
         norm = engine.get_global_grad_norm()
         figures = {
             "epoch": done * job.config.plan.global_batch / job.stream.num_samples,
@@ -119,27 +119,12 @@ class Meter:
             "loss_scale": loss_scale(engine),
             "skipped_steps": int(engine.skipped_steps),
             "images_per_second": self._steps * job.config.plan.global_batch / elapsed,
-            "data_wait": float(waited) / job.rank.world_size / elapsed,
+            "data_wait": waited / job.rank.world_size / elapsed,
             "peak_memory": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None,
         }
-        self._losses, self._steps, self._waited, self._began = [], 0, 0.0, time.perf_counter()
+        self._losses, self._steps, self._before = [], 0, self._seconds()
         return figures
 
-    def _add_wait(self, seconds: float) -> None:
-        self._waited += seconds
-
-    def _add_pause(self, seconds: float) -> None:
-        self._began += seconds
-
-
-class Stopwatch:
-    """Tells `report` the seconds its block took."""
-
-    def __init__(self, report: Callable[[float], None]) -> None:
-        self._report = report
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._report(time.perf_counter() - self._began)
+    def _seconds(self) -> tuple[float, float]:
+        """Of training, and in it of waiting for data, from the start on."""
+        return sum(self.clock.seconds[phase] for phase in TRAINING_PHASES), self.clock.seconds[Phase.DATA]

@@ -25,6 +25,7 @@ from fcn_dist.ranks import Rank
 from fcn_dist.scoring.agreement import raise_together
 from fcn_dist.scoring.metrics import Scores
 from fcn_dist.training.bad_samples import BadSamples
+from fcn_dist.training.beats import RANKS_DIR
 from fcn_dist.training.collective import device, noticing_lost_peers, of_all_ranks, on_rank_zero, start_ranks
 from fcn_dist.training.deepspeed_config import EngineConfig, resolve
 from fcn_dist.training.engine import build_engine, read_state
@@ -33,6 +34,8 @@ from fcn_dist.training.intake import Intake
 from fcn_dist.training.job import Job
 from fcn_dist.training.keeper import Keeper
 from fcn_dist.training.loop import train_steps
+from fcn_dist.training.pace import DeviceEvents, PaceReport
+from fcn_dist.training.phases import Phase, PhaseClock
 from fcn_dist.training.runfolder import (
     TRAINING_SPLIT,
     Journal,
@@ -45,6 +48,8 @@ from fcn_dist.training.runlock import RunLock, sees
 from fcn_dist.training.schedule import check_warmup, parameter_groups, total_steps
 from fcn_dist.training.scorer import Scorer
 from fcn_dist.training.stop import StopRequest, heeding_signals
+from fcn_dist.training.waits import waits_measured
+from fcn_dist.training.watchdog import start_watchdog
 
 
 @dataclass(frozen=True)
@@ -102,20 +107,25 @@ def _train(config: RunConfig, stop: StopRequest) -> Scores | None:
     todo = range(first_step, steps)
     batches = build_loader(shard_set, stream, engine_config.plan, recipe.data, rank.index, todo, pin)
     journal = Journal(config.output, first_step) if rank.index == 0 else None
-    with TrainingProgress(steps, first_step, shown=rank.index == 0) as progress:
+    events = DeviceEvents() if job.device.type == "cuda" else None
+    clock = PhaseClock(first_step, events.mark) if events else PhaseClock(first_step)
+    watchdog = start_watchdog(config.output / RANKS_DIR, rank, clock, recipe.train.watchdog)
+    with watchdog, waits_measured(clock), TrainingProgress(steps, first_step, shown=rank.index == 0) as progress:
         progress.say(headline(record, description, filled, entry))
         keeper = Keeper(config.output, job, record, engine, progress, journal, first_step if found else None)
-        scorer = Scorer(model, engine, validation, job, progress, journal, found.state.scores if found else None)
+        scorer = Scorer(model, engine, validation, job, clock, progress, journal, found.state.scores if found else None)
         if journal:
             journal.write("start", first_step, world_size=rank.world_size, command=record.command)
         bad_samples = BadSamples(recipe.data.max_bad_samples, rank, progress, journal)
         intake = Intake(batches, engine_config.plan.accumulation, rank, job.device, bad_samples, stop)
+        pace = PaceReport(rank, clock, job.device, events, first_step, progress, journal)
         try:
-            done = train_steps(job, engine, intake, first_step, progress, journal, scorer, keeper)
+            done = train_steps(job, engine, intake, clock, pace, first_step, progress, journal, scorer, keeper)
         except (EarlyEnd, UserError):
             keeper.finish()  # all ranks raise these together
             raise
         stop.saving = True
+        clock.enter(Phase.SAVING)
         keeper.close(done, scorer.summary)
         if summary := bad_samples.summary():
             progress.say(summary)

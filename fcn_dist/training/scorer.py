@@ -10,6 +10,7 @@ from fcn_dist.scoring.evaluate import evaluate
 from fcn_dist.scoring.metrics import Scores
 from fcn_dist.training.engine import Engine
 from fcn_dist.training.job import Job
+from fcn_dist.training.phases import PhaseClock
 from fcn_dist.training.runfolder import Journal
 
 
@@ -21,6 +22,7 @@ class Scorer:
     engine: Engine
     shard_set: ShardSet | None
     job: Job
+    clock: PhaseClock
     progress: TrainingProgress
     journal: Journal | None
     summary: dict[str, Any] | None
@@ -31,7 +33,14 @@ class Scorer:
         if self.shard_set is None:
             return
         workers = self.job.recipe.data.workers
-        self.last = evaluate(self.model, self.shard_set, forward=self.engine, rank=self.job.rank, workers=workers)
+        self.last = evaluate(
+            self.model,
+            self.shard_set,
+            forward=self.engine,
+            rank=self.job.rank,
+            workers=workers,
+            advance=lambda samples: self.clock.advance(),
+        )
         official = self.last.official
         self.progress.say(
             f"step {done}: {self.shard_set.split} pixel accuracy {100 * official.pixel_accuracy:.2f} %, mean IoU "
