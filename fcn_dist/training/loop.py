@@ -16,10 +16,11 @@ from fcn_dist.ranks import Rank
 from fcn_dist.training.augment import to_device
 from fcn_dist.training.collective import sum_over_ranks
 from fcn_dist.training.deepspeed_config import EngineConfig
-from fcn_dist.training.engine import Engine, loss_scale, set_learning_rate
+from fcn_dist.training.engine import Engine, backward, gradient_norm, loss_scale, set_learning_rate
 from fcn_dist.training.intake import Intake
 from fcn_dist.training.runfolder import Journal
 from fcn_dist.training.schedule import ParameterGroup, learning_rate
+from fcn_dist.training.statistics import average_statistics
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,10 @@ def train_steps(
             dropout_keys = [key64(seed, position) for position in batch.positions]
             coarse = engine(images, coarse=True, dropout_keys=dropout_keys)
             loss = summed_cross_entropy(coarse, targets, job.stride)
-            engine.backward(loss * scale)
+            backward(engine, loss * scale)
             engine.step()
             meter.add_loss(loss.detach() / labelled)
+        average_statistics(engine.module, job.rank)
         meter.add_step()
         progress.step(done)
 
@@ -120,12 +122,11 @@ class Meter:
         mean_loss = float(loss) / self._steps  # waits for the device, so that the time below is the steps' own
         elapsed = time.perf_counter() - self._began
         waited = sum_over_ranks(torch.tensor([self._waited], device=self.device), job.rank)
-        norm = engine.get_global_grad_norm()
         figures = {
             "epoch": done * job.config.plan.global_batch / job.stream.num_samples,
             "loss": mean_loss,
             "learning_rate": rate,
-            "gradient_norm": None if norm is None else float(norm),
+            "gradient_norm": gradient_norm(engine),
             "loss_scale": loss_scale(engine),
             "skipped_steps": int(engine.skipped_steps),
             "images_per_second": self._steps * job.config.plan.global_batch / elapsed,
