@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoint_contents import contents, differences
 from launching import run_alone, run_ranks
 from safetensors.torch import load_file
 
@@ -142,7 +143,7 @@ def test_ranks_and_accumulation_make_the_same_update_from_the_same_global_batch(
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_resumed_run_ends_with_the_weights_and_losses_of_one_that_never_stopped(
+def test_a_resumed_run_ends_with_the_weights_optimizer_state_and_losses_of_one_that_never_stopped(
     stage: int, precision: str, shards: Path, recipe: Path, tmp_path: Path
 ) -> None:
     """Stopped after step 2 of 4: in the middle of an epoch, of the schedule and of Adam's bias correction."""
@@ -158,11 +159,23 @@ def test_a_resumed_run_ends_with_the_weights_and_losses_of_one_that_never_stoppe
     assert "continuing after step 2" in output
     assert losses(resumed) == losses(whole) and len(losses(whole)) == 4
     scales = [[line["loss_scale"] for line in lines(run, "train")] for run in (whole, resumed)]
-    assert scales[0] == scales[1] and (scales[0][0] is not None) == (precision == "fp16")
+    assert scales[0] == scales[1] == [1024.0 if precision == "fp16" else None] * 4
     expected, found = weights(whole, tmp_path), weights(resumed, tmp_path)
     assert expected.keys() == found.keys()
     for key, tensor in expected.items():
         assert torch.equal(found[key], tensor), key
+    one, other = (contents(open_checkpoint(run)[0].dir / DEEPSPEED_TAG) for run in (whole, resumed))
+    assert differences(one, other) == []
+    kinds = {where.rpartition("/")[2] for where in one if where.partition("/")[0] in optimizer_files(one, stage)}
+    assert {"exp_avg", "exp_avg_sq", "step"} <= kinds
+
+
+def optimizer_files(content: dict[str, object], stage: int) -> set[str]:
+    """Where DeepSpeed keeps the optimizer: a file a rank, in stage 0 the model's."""
+    files = {where.partition("/")[0] for where in content}
+    kept = {file for file in files if "_optim_states" in file} if stage else files
+    assert len(kept) == (2 if stage else 1)
+    return kept
 
 
 @pytest.mark.slow
