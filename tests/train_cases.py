@@ -3,7 +3,8 @@
     deepspeed --num_gpus 2 tests/train_cases.py OUT SHARDS RECIPE [--resume] CASE...
 
 A case is PRECISION-STAGE, such as bf16-2; OUT/CASE becomes its run folder. OUT/CASE.buffers-RANK gains a line a step:
-the SHA-256 of the model's buffers before the ranks average them, and after.
+the SHA-256 of the model's buffers before the ranks average them, and after. A run that resumes begins with a network
+whose every tensor is wrong, frozen ones and buffers as well, so that all of them must come from the checkpoint.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -20,7 +22,8 @@ from torch import nn
 from fcn_dist.commands.train import main as train
 from fcn_dist.console import run_command
 from fcn_dist.ranks import Rank
-from fcn_dist.training import loop
+from fcn_dist.training import loop, run
+from fcn_dist.training.run import build_model
 from fcn_dist.training.statistics import average_statistics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,12 +45,23 @@ def average_and_write(path: Path, model: nn.Module, rank: Rank) -> None:
         file.write(f"{before} {digest(model)}\n")
 
 
+def build_wrong(*arguments: Any) -> Any:
+    """What the run calls in place of build_model."""
+    model, *rest = build_model(*arguments)
+    for tensor in model.state_dict().values():
+        tensor.add_(1)
+    return model, *rest
+
+
 def main(argv: list[str]) -> None:
     """Train every case in the same process group."""
     # DeepSpeed refuses fp16 on CPUs without fast fp16 instructions, though torch computes in it on all.
     type(get_accelerator()).is_fp16_supported = lambda self: True
     # The launcher puts --local_rank=N first.
     out, shards, recipe, *cases = [argument for argument in argv if not argument.startswith("--")]
+    resume = [argument for argument in argv if argument == "--resume"]
+    if resume:
+        vars(run)["build_model"] = build_wrong
     for case in cases:
         precision, stage = case.split("-")
         config = json.loads((ROOT / "launch" / "zero" / f"zero{stage}_{precision}.json").read_text())
@@ -59,7 +73,6 @@ def main(argv: list[str]) -> None:
         buffers = Path(out) / f"{case}.buffers-{Rank.from_environment().index}"
         vars(loop)["average_statistics"] = partial(average_and_write, buffers)
         arguments = ["--shards", shards, "--output", str(Path(out) / case), "--recipe", recipe]
-        resume = ["--resume"] if "--resume" in argv else []
         train([*arguments, "--deepspeed_config", str(config_path), *resume])
 
 
