@@ -115,7 +115,7 @@ def write_report(
     output: Path, name: str, facts: dict[str, Any], tables: Sequence[Table], measured: Sequence[Measured]
 ) -> None:
     """Print `tables`, and write `output/NAME.md` and `output/NAME.json`."""
-    facts = facts | _machine()
+    facts = facts | {"command": command()} | machine(PACKAGES)
     for table in tables:
         table.show()
     for fact, value in facts.items():
@@ -140,13 +140,13 @@ def command() -> str:
     return shlex.join(["python", *(Path(word).name if os.sep in word else word for word in sys.argv)])
 
 
-def _machine() -> dict[str, Any]:
+def machine(packages: Sequence[str]) -> dict[str, str]:
+    """What figures depend on besides the command; no name of a host or folder."""
     return {
-        "command": command(),
         "machine": f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
         "load average at the end": "{:.1f}, {:.1f}, {:.1f}".format(*os.getloadavg()),
         "date": time.strftime("%Y-%m-%d"),
-        "versions": ", ".join([f"Python {platform.python_version()}", *map(_version, PACKAGES)]),
+        "versions": ", ".join([f"Python {platform.python_version()}", *map(_version, packages)]),
     }
 
 

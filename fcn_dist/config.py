@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from fcn_dist.errors import UserError
 
-BACKBONES = ("vgg16", "vgg19")
+BACKBONES = ("vgg16", "vgg16_bn", "vgg19", "vgg19_bn")
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,14 @@ class ModelConfig:
     """The network and the weights it starts from."""
 
     variant: Literal["fcn8s", "fcn16s", "fcn32s"] = "fcn8s"
-    backbone: Literal["vgg16", "vgg19"] = "vgg16"
+    # With batch normalisation (_bn) each micro-batch is normalised by itself, so the update depends on how the global
+    # batch is cut into micro-batches, and other ranks do not continue a run exactly. Without it they do.
+    backbone: Literal["vgg16", "vgg16_bn", "vgg19", "vgg19_bn"] = "vgg16"
     width: float = 1.0  # factor on every channel count but the outputs
     head_width: int | None = None  # channels of fc6 and fc7; None: 4096 times width
     dropout: float = 0.5  # after fc6 and fc7
     at_once: bool = False  # scale pool4 by 0.01 and pool3 by 0.0001, the at-once form's conditioning
-    frozen_stages: int = 0  # first stages of the backbone that keep the weights they start with
+    frozen_stages: int = 0  # first stages of the backbone that keep weights and statistics they start with
     weights: str | None = None  # VGG weights, .safetensors or .pth
     weights_convention: Literal["caffe", "torchvision"] | None = None  # None: as the file's metadata says
 
@@ -80,8 +82,8 @@ class ScheduleConfig:
     warmup_steps: int = 0  # linear from 0 to the peak
     final_fraction: float = 0.0  # of the peak, where poly and cosine end, one step after the last
     head_multiplier: float = 1.0  # learning rate of the layers that pretrained weights do not provide
-    bias_multiplier: float = 1.0  # learning rate of biases (the reference: 2)
-    decay_biases: bool = False  # whether the optimizer's weight decay also acts on biases
+    bias_multiplier: float = 1.0  # learning rate of biases, and scales of batch norm (the reference: 2)
+    decay_biases: bool = False  # whether the optimizer's weight decay also acts on biases and those scales
 
     def __post_init__(self) -> None:
         _check(

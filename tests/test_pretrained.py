@@ -86,6 +86,96 @@ def test_a_convolution_that_is_missing_or_of_another_width_is_named(damage: str)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+# The convolutions of vgg16_bn and vgg19_bn as torchvision numbers them, each with its norm one further on.
+STAGES_BN = {
+    "vgg16_bn": ((0, 3), (7, 10), (14, 17, 20), (24, 27, 30), (34, 37, 40)),
+    "vgg19_bn": ((0, 3), (7, 10), (14, 17, 20, 23), (27, 30, 33, 36), (40, 43, 46, 49)),
+}
+
+
+def small_bn(backbone: str) -> FCN:
+    torch.manual_seed(0)
+    return FCN(3, ModelConfig(backbone=backbone, width=0.05, head_width=HEAD))  # type: ignore[arg-type]
+
+
+def vgg_bn_state(backbone: str) -> dict[str, Tensor]:
+    """Its state dict under torchvision's names, at the width of `small_bn`."""
+    random = torch.Generator().manual_seed(2)
+    state = {name: tensor for name, tensor in vgg_state().items() if name.startswith("classifier.")}
+    before = 3
+    for stage, outputs in zip(STAGES_BN[backbone], (8, 8, 16, 24, 24), strict=True):
+        for index in stage:
+            state[f"features.{index}.weight"] = torch.randn(outputs, before, 3, 3, generator=random)
+            state[f"features.{index}.bias"] = torch.randn(outputs, generator=random)
+            for kind in ("weight", "bias", "running_mean", "running_var"):
+                state[f"features.{index + 1}.{kind}"] = torch.rand(outputs, generator=random)
+            state[f"features.{index + 1}.num_batches_tracked"] = torch.tensor(1000 + index)
+            before = outputs
+    return state
+
+
+@pytest.mark.parametrize("backbone", STAGES_BN)
+def test_batch_norm_is_loaded_with_its_running_statistics(backbone: str) -> None:
+    model, state = small_bn(backbone), vgg_bn_state(backbone)
+    filled = load_weights(model, state, "vgg.pth")
+    convolutions = [index for stage in STAGES_BN[backbone] for index in stage]
+    assert set(filled) == {f"features.{i + of}" for i in convolutions for of in (0, 1)} | {"fc6", "fc7"}
+    own = model.state_dict()
+    names = [name for name in state if name.startswith("features.")]
+    assert len(names) == 7 * len(convolutions)
+    assert all(torch.equal(own[name], state[name]) and own[name].dtype == state[name].dtype for name in names)
+
+
+def test_a_file_from_before_torch_counted_batches_is_loaded() -> None:
+    state = {name: t for name, t in vgg_bn_state("vgg16_bn").items() if not name.endswith("num_batches_tracked")}
+    model = small_bn("vgg16_bn")
+    load_weights(model, state, "vgg.pth")
+    own = model.state_dict()
+    assert torch.equal(own["features.41.running_var"], state["features.41.running_var"])
+    assert own["features.41.num_batches_tracked"] == 0
+
+
+@pytest.mark.parametrize(
+    ("backbone", "state", "message"),
+    [
+        ("vgg16_bn", vgg_state(), r"no running statistics .* vgg16_bn has batch norm.* model\.backbone=vgg16,"),
+        ("vgg16", vgg_bn_state("vgg16_bn"), r"have running statistics .* vgg16 has no .* model\.backbone=vgg16_bn,"),
+        ("vgg16_bn", vgg_bn_state("vgg19_bn"), r"features\.24\.weight is \(16,\); \(24, 16, 3, 3\) is needed"),
+        ("vgg19_bn", vgg_bn_state("vgg16_bn"), r"features\.23\.weight is missing; \(16, 16, 3, 3\) is needed"),
+    ],
+)
+def test_weights_of_another_backbone_are_refused_by_name(backbone: str, state: dict[str, Tensor], message: str) -> None:
+    model = small_bn(backbone)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=message):
+        load_weights(model, state, "vgg.pth")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, r"features\.21\.running_mean is missing; \(16,\) is needed"),
+        (torch.ones(8), r"features\.21\.running_mean is \(8,\); \(16,\) is needed"),
+    ],
+)
+def test_a_statistic_that_is_missing_or_of_another_width_is_named(change: Tensor | None, message: str) -> None:
+    state = vgg_bn_state("vgg16_bn")
+    del state["features.21.running_mean"]
+    if change is not None:
+        state["features.21.running_mean"] = change
+    with pytest.raises(UserError, match=message):
+        load_weights(small_bn("vgg16_bn"), state, "vgg.pth")
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan")])
+def test_a_running_variance_that_is_none_is_refused(value: float) -> None:
+    state = vgg_bn_state("vgg16_bn")
+    state["features.21.running_var"][3] = value
+    with pytest.raises(UserError, match=r"features\.21\.running_var has values that are no variances"):
+        load_weights(small_bn("vgg16_bn"), state, "vgg.pth")
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize(("convention", "expected"), [("caffe", CAFFE), ("torchvision", TORCHVISION)])
 def test_a_file_is_read_with_the_convention_it_is_given(

@@ -1,6 +1,6 @@
 """A run's checkpoint in, one model file out: proven by the scores that the training engine itself recorded."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +61,7 @@ def convert(
 ) -> Conversion:
     """Write the model file of a run's newest whole checkpoint, or that of `step`, its weights stored as `dtype`.
 
+    Running statistics of batch normalisation, small and of a wide range, are stored in float32 in any case.
     The file appears only after it was read back and gave the recorded scores. Raises UserError if there is no whole
     checkpoint, if the scores differ, or if `out` exists and `overwrite` is false.
     """
@@ -77,7 +78,7 @@ def convert(
         model = description.build()
     weights = consolidate(checkpoint.dir / DEEPSPEED_TAG, model)
     _check_manifest(checkpoint, weights)
-    state = _stored(weights.state, dtype, checkpoint)
+    state = _stored(weights.state, {name for name, _ in model.named_parameters()}, dtype, checkpoint)
     with replacing(out) as partial:
         write_model_file(partial, state, description, _source(Path(run), checkpoint.state, weights, dtype))
         agreement = _compare(partial, checkpoint, dtype)
@@ -111,7 +112,7 @@ def _check_manifest(checkpoint: Checkpoint, weights: Consolidated) -> None:
         )
 
 
-def _stored(state: Mapping[str, Tensor], dtype: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
+def _stored(state: Mapping[str, Tensor], parameters: Set[str], dtype: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The tensors as the file is to hold them; refused unless all are finite."""
     infinite = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if infinite:
@@ -119,7 +120,7 @@ def _stored(state: Mapping[str, Tensor], dtype: str, checkpoint: Checkpoint) -> 
             f"{checkpoint.dir} holds weights that are no finite numbers in {named(infinite)}: training had diverged; "
             "convert an earlier --step"
         )
-    stored = {n: t.to(torch_dtype(dtype)) if t.is_floating_point() else t for n, t in state.items()}
+    stored = {name: tensor.to(torch_dtype(dtype)) if name in parameters else tensor for name, tensor in state.items()}
     beyond = [name for name, tensor in stored.items() if not tensor.isfinite().all()]
     if beyond:
         raise UserError(f"weights of {named(beyond)} are beyond the range of {dtype}; choose bfloat16 or float32")

@@ -67,7 +67,7 @@ def read_model_file(path: Path) -> tuple[FCN, ModelFileInfo]:
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, UserError) as error:
         raise UserError(f"{path} describes no network ({error!r}); {NEEDED}") from error
     _check_tensors(path, state, model)
-    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values() if tensor.is_floating_point()}
+    dtypes = {str(state[name].dtype).removeprefix("torch.") for name, _ in model.named_parameters()}
     floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     model.load_state_dict(floats, assign=True)
     model.eval().requires_grad_(False)

@@ -7,12 +7,14 @@ pixels [s*i, s*(i+1)), maps of different stride stay aligned at their top left c
 """
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fcn_dist.config import BACKBONES, ModelConfig
+from fcn_dist.model.batchnorm import BatchNorm2d
 from fcn_dist.model.dropout import keyed_dropout
 from fcn_dist.model.preprocess import TORCHVISION, Preprocessing, normalise
 from fcn_dist.model.upsampling import upsample
@@ -25,7 +27,9 @@ STRIDES = {"fcn8s": 8, "fcn16s": 16, "fcn32s": 32}
 # The at-once form's fixed scales, for pool4 and pool3 (voc-fcn8s-atonce/net.py of the Caffe release).
 AT_ONCE_SCALES = (0.01, 0.0001)
 
-assert set(STAGE_CONVOLUTIONS) == set(BACKBONES)
+BATCH_NORM = "_bn"  # ends the names of backbones that have it
+
+assert {backbone.removesuffix(BATCH_NORM) for backbone in BACKBONES} == set(STAGE_CONVOLUTIONS)
 
 
 class FCN(nn.Module):
@@ -62,15 +66,28 @@ class FCN(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+            elif isinstance(module, BatchNorm2d):
+                module.reset_parameters()
         for score in (self.score_fr, self.score_pool4, self.score_pool3):
             if score is not None:
                 nn.init.zeros_(score.weight)
 
     def freeze(self, stages: int) -> None:
-        """Leave the first `stages` stages of the trunk out of training; no gradient is computed for them."""
+        """Leave the first `stages` stages of the trunk out of training; no gradient is computed for them.
+
+        Their batch normalisation is that of evaluation from now on.
+        """
         ends = [i for i, layer in enumerate(self.features, start=1) if isinstance(layer, nn.MaxPool2d)]
-        for layer in list(self.features)[: ends[stages - 1] if stages else 0]:
-            layer.requires_grad_(False)
+        self._frozen = list(self.features)[: ends[stages - 1] if stages else 0]
+        for layer in self._frozen:
+            layer.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """As torch's, but layers of frozen stages stay in evaluation mode."""
+        super().train(mode)
+        for layer in self._frozen:
+            layer.eval()
+        return self
 
     def forward(self, images_BHW3: Tensor, coarse: bool = False, dropout_keys: Sequence[int] | None = None) -> Tensor:
         """Scores (B, C, H, W) of RGB images in 0-255 (uint8 or floating), or (B, C, h, w) if `coarse`.
@@ -109,12 +126,18 @@ class FCN(nn.Module):
 
 
 def build_trunk(backbone: str, channels: Sequence[int]) -> nn.Sequential:
-    """The convolutions of VGG, their layers numbered as torchvision numbers them."""
+    """The convolutions of VGG, their layers numbered as torchvision numbers them.
+
+    Convolutions keep their bias before batch normalisation, which takes it out again, as torchvision's files have it.
+    """
     layers: list[nn.Module] = []
     previous = 3
-    for count, width in zip(STAGE_CONVOLUTIONS[backbone], channels, strict=True):
+    for count, width in zip(STAGE_CONVOLUTIONS[backbone.removesuffix(BATCH_NORM)], channels, strict=True):
         for _ in range(count):
-            layers += [nn.Conv2d(previous, width, 3, padding=1), nn.ReLU(inplace=True)]
+            layers.append(nn.Conv2d(previous, width, 3, padding=1))
+            if backbone.endswith(BATCH_NORM):
+                layers.append(BatchNorm2d(width))
+            layers.append(nn.ReLU(inplace=True))
             previous = width
         layers.append(nn.MaxPool2d(2, ceil_mode=True))
     return nn.Sequential(*layers)

@@ -1,4 +1,7 @@
-"""Weights in: a VGG state dict to the trunk of an FCN, with the preprocessing those weights expect."""
+"""Weights in: a VGG state dict to the trunk of an FCN, with the preprocessing those weights expect.
+
+With batch normalisation, its running statistics come along.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,12 +10,15 @@ import torch
 from torch import Tensor
 
 from fcn_dist.errors import UserError
-from fcn_dist.model.fcn import FCN
+from fcn_dist.model.fcn import BATCH_NORM, FCN
 from fcn_dist.model.preprocess import CAFFE, TORCHVISION, Preprocessing
 
 CONVENTIONS = {"caffe": CAFFE, "torchvision": TORCHVISION}
 # Where torchvision's classifier keeps what fc6 and fc7 are as convolutions, and the kernel each becomes.
 CLASSIFIER = {"classifier.0": ("fc6", 7), "classifier.3": ("fc7", 1)}
+# Files of torch before 0.4.1 do not have the count of batches; nothing here depends on it.
+COUNTER = "num_batches_tracked"
+VARIANCE = "running_var"
 
 
 def read_weights(path: Path, convention: str | None) -> tuple[dict[str, Tensor], Preprocessing]:
@@ -37,15 +43,16 @@ def read_weights(path: Path, convention: str | None) -> tuple[dict[str, Tensor],
 
 
 def load_weights(model: FCN, state: Mapping[str, Tensor], where: str) -> list[str]:
-    """Copy the convolutions of `state` into the trunk, and its classifier into fc6 and fc7 where it fits.
+    """Copy convolutions and batch norms of `state` into the trunk, and its classifier into fc6 and fc7 where it fits.
 
-    Returns the names of the modules that were filled. Raises UserError, naming `where`, if a convolution is missing
-    or has another shape.
+    Returns the names of the modules that were filled. Raises UserError, naming `where`, if a tensor of the trunk is
+    missing or has another shape, or only one of the two has batch normalisation.
     """
     own = model.state_dict()
+    _check_normalisation(model, state, where)
     found = {}
     for name, tensor in own.items():
-        if not name.startswith("features."):
+        if not name.startswith("features.") or (name.endswith(COUNTER) and name not in state):
             continue
         if name not in state or state[name].shape != tensor.shape:
             shape = tuple(state[name].shape) if name in state else "missing"
@@ -54,6 +61,10 @@ def load_weights(model: FCN, state: Mapping[str, Tensor], where: str) -> list[st
                 f"{model.config.backbone} at width {model.config.width}; change model.backbone, model.width or "
                 "model.weights"
             )
+        if name.endswith(VARIANCE) and not (state[name] >= 0).all():
+            raise UserError(
+                f"weights {where}: {name} has values that are no variances; 0 or more is needed; get the file again"
+            )
         found[name] = state[name]
     for source, (target, kernel) in CLASSIFIER.items():
         found |= _classifier_layer(state, source, target, kernel, own)
@@ -61,6 +72,19 @@ def load_weights(model: FCN, state: Mapping[str, Tensor], where: str) -> list[st
         for name, tensor in found.items():
             own[name].copy_(tensor)
     return sorted({name.rpartition(".")[0] for name in found})
+
+
+def _check_normalisation(model: FCN, state: Mapping[str, Tensor], where: str) -> None:
+    """Other layers' weights may fit by chance, or be missing by a number that tells nobody what is wrong."""
+    backbone = model.config.backbone
+    has, needs = any(name.endswith(VARIANCE) for name in state), backbone.endswith(BATCH_NORM)
+    if has != needs:
+        other = backbone.removesuffix(BATCH_NORM) if needs else backbone + BATCH_NORM
+        raise UserError(
+            f"weights {where} have {'' if has else 'no '}running statistics of batch normalisation, and backbone "
+            f"{backbone} has {'' if needs else 'no '}batch normalisation; both or neither is needed; set "
+            f"model.backbone={other}, or change model.weights"
+        )
 
 
 def _classifier_layer(

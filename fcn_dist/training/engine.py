@@ -5,6 +5,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from safetensors.torch import save as serialize
 from torch import Tensor
 
@@ -62,9 +63,30 @@ def set_learning_rate(engine: Engine, groups: list[ParameterGroup], rate: float)
         options["lr"] = rate * group.multiplier
 
 
+def backward(engine: Engine, loss: Tensor) -> None:
+    """Add the gradients of `loss`, scaled in fp16.
+
+    DeepSpeed 0.19.8 scales the loss in stages 1 to 3 alone, but its optimizer of stage 0 divides by the scale as well:
+    gradients would be too small by that factor, never be clipped, and drown in Adam's epsilon.
+    """
+    if engine.fp16_enabled() and engine.zero_optimization_stage() == 0:
+        loss = loss * engine.optimizer.loss_scale
+    engine.backward(loss)
+
+
+def gradient_norm(engine: Engine) -> float | None:
+    """Of the last update, before clipping; None where DeepSpeed does not compute it."""
+    norm = engine.get_global_grad_norm()
+    if norm is None:
+        return None
+    # The optimizer of stage 0 tells the norm of scaled gradients, the others of their own.
+    return float(norm) / (engine.optimizer.loss_scale if isinstance(engine.optimizer, FP16_UnfusedOptimizer) else 1.0)
+
+
 def loss_scale(engine: Engine) -> float | None:
     """The dynamic loss scale of fp16, None in other precisions."""
-    return float(engine.loss_scale()) if engine.fp16_enabled() else None
+    # Not engine.loss_scale(), which gives what the configuration says: 0 for a dynamic one.
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
 
 
 def probe_image() -> Tensor:

@@ -10,7 +10,7 @@ from fcn_dist.model.loss import summed_cross_entropy
 from fcn_dist.progress import TrainingProgress
 from fcn_dist.training.augment import to_device
 from fcn_dist.training.collective import sum_over_ranks
-from fcn_dist.training.engine import Engine, loss_scale, set_learning_rate
+from fcn_dist.training.engine import Engine, backward, gradient_norm, loss_scale, set_learning_rate
 from fcn_dist.training.intake import Intake
 from fcn_dist.training.job import Job
 from fcn_dist.training.keeper import Keeper
@@ -19,6 +19,7 @@ from fcn_dist.training.phases import TRAINING_PHASES, Phase, PhaseClock
 from fcn_dist.training.runfolder import Journal
 from fcn_dist.training.schedule import learning_rate
 from fcn_dist.training.scorer import Scorer
+from fcn_dist.training.statistics import average_statistics
 
 
 def train_steps(
@@ -57,9 +58,10 @@ def train_steps(
             coarse = engine(images, coarse=True, dropout_keys=dropout_keys)
             loss = summed_cross_entropy(coarse, targets, job.stride)
             clock.enter(Phase.BACKWARD)
-            engine.backward(loss * scale)
+            backward(engine, loss * scale)
             engine.step()
             meter.add_loss(loss.detach() / agreed.labelled)
+        average_statistics(engine.module, job.rank)
         clock.enter(Phase.LOGGING)
         meter.add_step()
         progress.step(done)
@@ -110,12 +112,11 @@ class Meter:
         self.clock.enter(Phase.LOGGING)  # which adds up the seconds until now
         elapsed, waited = (now - before for now, before in zip(self._seconds(), self._before, strict=True))
         waited = float(sum_over_ranks(torch.tensor([waited], device=self.device), job.rank))
-        norm = engine.get_global_grad_norm()
         figures = {
             "epoch": done * job.config.plan.global_batch / job.stream.num_samples,
             "loss": mean_loss,
             "learning_rate": rate,
-            "gradient_norm": None if norm is None else float(norm),
+            "gradient_norm": gradient_norm(engine),
             "loss_scale": loss_scale(engine),
             "skipped_steps": int(engine.skipped_steps),
             "images_per_second": self._steps * job.config.plan.global_batch / elapsed,
