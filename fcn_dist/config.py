@@ -107,6 +107,7 @@ class TrainConfig:
 
     global_batch: int | None = None  # images a step, over all ranks; None: as the DeepSpeed configuration gives it
     seed: int = 0
+    max_skipped_steps: int = 10  # that may not be finite, in the whole run, before it ends
 
     def __post_init__(self) -> None:
         _check(
@@ -115,6 +116,7 @@ class TrainConfig:
             self.global_batch,
             ">= 1",
         )
+        _check(self.max_skipped_steps >= 0, "train.max_skipped_steps", self.max_skipped_steps, "0 or more steps")
 
 
 @dataclass(frozen=True)

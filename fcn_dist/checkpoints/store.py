@@ -145,6 +145,11 @@ def open_checkpoint(run_dir: Path, step: int | None = None) -> tuple[Checkpoint,
     raise UserError(f"{run_dir} has no whole checkpoint ({reasons}); restore one from a copy")
 
 
+def newest(run_dir: Path) -> Path | None:
+    """The folder of the newest committed checkpoint, not read; None if there is none."""
+    return next(iter(_committed(run_dir)), None)
+
+
 def _committed(run_dir: Path) -> list[Path]:
     """Folders of committed checkpoints, newest first."""
     folders = (path for path in checkpoints_dir(run_dir).glob("step-*") if STEP_NAME.fullmatch(path.name))

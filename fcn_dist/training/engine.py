@@ -60,8 +60,8 @@ def set_learning_rate(engine: Engine, groups: list[ParameterGroup], rate: float)
 
 
 def loss_scale(engine: Engine) -> float | None:
-    """The dynamic loss scale of fp16, None in other precisions."""
-    return float(engine.loss_scale()) if engine.fp16_enabled() else None
+    """The present loss scale of fp16, None in other precisions."""
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
 
 
 def probe_image() -> Tensor:

@@ -1,5 +1,6 @@
 """The loop: batch, forward, backward, step; then log, evaluate and save when they are due."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from fcn_dist.training.augment import to_device
 from fcn_dist.training.collective import sum_over_ranks
 from fcn_dist.training.deepspeed_config import EngineConfig
 from fcn_dist.training.engine import Engine, loss_scale, set_learning_rate
+from fcn_dist.training.finite import StepCheck
 from fcn_dist.training.intake import Intake
 from fcn_dist.training.runfolder import Journal
 from fcn_dist.training.schedule import ParameterGroup, learning_rate
@@ -40,6 +42,7 @@ def train_steps(
     job: Job,
     engine: Engine,
     intake: Intake,
+    check: StepCheck,
     first_step: int,
     progress: TrainingProgress,
     journal: Journal | None,
@@ -64,10 +67,10 @@ def train_steps(
             dropout_keys = [key64(seed, position) for position in batch.positions]
             coarse = engine(images, coarse=True, dropout_keys=dropout_keys)
             loss = summed_cross_entropy(coarse, targets, job.stride)
-            engine.backward(loss * scale)
+            engine.backward(check.watch(loss) * scale)
             engine.step()
             meter.add_loss(loss.detach() / labelled)
-        meter.add_step()
+        meter.add_step(check.finite(done, micro_batches))
         progress.step(done)
 
         if due(done, recipe.log.every, job.steps):
@@ -93,8 +96,10 @@ class Meter:
     """Figures of the steps since they were last read."""
 
     device: torch.device
-    _losses: list[torch.Tensor] = field(default_factory=list)
+    _losses: list[torch.Tensor] = field(default_factory=list)  # of finite steps
+    _of_this_step: list[torch.Tensor] = field(default_factory=list)
     _steps: int = 0
+    _not_finite: int = 0  # of these steps
     _waited: float = 0.0
     _began: float = field(default_factory=time.perf_counter)
 
@@ -108,31 +113,40 @@ class Meter:
 
     def add_loss(self, share: torch.Tensor) -> None:
         """One micro-batch's share of a global batch's loss; stays on the device until it is read."""
-        self._losses.append(share)
+        self._of_this_step.append(share)
 
-    def add_step(self) -> None:
-        """A step is done."""
+    def add_step(self, finite: bool) -> None:
+        """A step is done; the losses of one that was not finite say nothing."""
         self._steps += 1
+        if finite:
+            self._losses += self._of_this_step
+        else:
+            self._not_finite += 1
+        self._of_this_step = []
 
     def read(self, job: Job, engine: Engine, done: int, rate: float) -> dict[str, Any]:
         """The figures over all ranks, and a fresh start. All ranks call it."""
-        loss = sum_over_ranks(torch.stack(self._losses).sum(), job.rank)
-        mean_loss = float(loss) / self._steps  # waits for the device, so that the time below is the steps' own
+        losses = torch.stack(self._losses or [torch.zeros((), device=self.device)])
+        # Waits for the device, so that the time below is the steps' own.
+        loss = float(sum_over_ranks(losses.sum(), job.rank))
+        finite = self._steps - self._not_finite
         elapsed = time.perf_counter() - self._began
         waited = sum_over_ranks(torch.tensor([self._waited], device=self.device), job.rank)
         norm = engine.get_global_grad_norm()
         figures = {
             "epoch": done * job.config.plan.global_batch / job.stream.num_samples,
-            "loss": mean_loss,
+            "loss": loss / finite if finite else None,
+            "not_finite_steps": self._not_finite,
             "learning_rate": rate,
-            "gradient_norm": None if norm is None else float(norm),
+            "gradient_norm": float(norm) if norm is not None and math.isfinite(norm) else None,
             "loss_scale": loss_scale(engine),
             "skipped_steps": int(engine.skipped_steps),
             "images_per_second": self._steps * job.config.plan.global_batch / elapsed,
             "data_wait": float(waited) / job.rank.world_size / elapsed,
             "peak_memory": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None,
         }
-        self._losses, self._steps, self._waited, self._began = [], 0, 0.0, time.perf_counter()
+        self._losses, self._steps, self._not_finite = [], 0, 0
+        self._waited, self._began = 0.0, time.perf_counter()
         return figures
 
     def _add_wait(self, seconds: float) -> None:

@@ -29,6 +29,7 @@ from fcn_dist.training.bad_samples import BadSamples
 from fcn_dist.training.collective import device, on_rank_zero, start_ranks
 from fcn_dist.training.deepspeed_config import EngineConfig, resolve
 from fcn_dist.training.engine import build_engine, read_state
+from fcn_dist.training.finite import StepCheck
 from fcn_dist.training.intake import Intake
 from fcn_dist.training.loop import Job, train_steps
 from fcn_dist.training.periodic import Keeper, Scorer
@@ -98,9 +99,13 @@ def train(config: RunConfig) -> Scores | None:
             journal.write("start", first_step, world_size=rank.world_size, command=record.command)
         bad_samples = BadSamples(recipe.data.max_bad_samples, rank, progress, journal)
         intake = Intake(batches, engine_config.plan.accumulation, rank, job.device, bad_samples)
-        train_steps(
-            job, engine, intake, first_step, progress, journal, scorer, lambda done: keeper.save(done, scorer.summary)
-        )
+        budget = recipe.train.max_skipped_steps
+        check = StepCheck(engine, engine_config, budget, shard_set, stream, rank, config.output, progress, journal)
+
+        def save(done: int) -> None:
+            keeper.save(done, scorer.summary)
+
+        train_steps(job, engine, intake, check, first_step, progress, journal, scorer, save)
         if summary := bad_samples.summary():
             progress.say(summary)
     return scorer.last

@@ -1,0 +1,179 @@
+"""Many short runs on the ranks of one launch, a fault in each: what a step left of weights and optimizer, by digests.
+
+Arguments: shards, a folder for the runs, and a JSON list of cases. Each rank writes OUT/NAME-rank<R>.json: for each
+step the digests before and after, whether all weights are finite, and what is left in gradients; then how it ended.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import deepspeed
+import torch
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from torch import Tensor
+
+from fcn_dist.config import recipe_from_dict
+from fcn_dist.errors import EarlyEnd
+from fcn_dist.model.loss import summed_cross_entropy
+from fcn_dist.ranks import Rank
+from fcn_dist.training import loop, run
+from fcn_dist.training.engine import loss_scale
+
+CPU_Accelerator.is_fp16_supported = lambda self: True  # as in fp16_anywhere.py
+
+SHARDS, OUT, CASES = sys.argv[-3:]  # the launcher puts an argument of its own before them
+RANK = Rank.from_environment().index
+BUILD_MODEL = run.build_model
+RECIPE = {
+    "data": {"crop": [32, 40], "workers": 0},
+    "model": {"width": 0.0625, "head_width": 24, "dropout": 0.3},
+    "schedule": {"steps": 4, "learning_rate": 0.002, "bias_multiplier": 2},
+    "train": {"seed": 5},
+    "evaluate": {"at_end": False},
+    "log": {"every": 1},
+}
+BAD = {"nan": float("nan"), "inf": float("inf")}
+
+
+class Fault:
+    """Spoils what rank `rank` computes in micro-batch `micro` (from 0, over the run) of each of `steps`."""
+
+    def __init__(self, case: dict[str, Any]) -> None:
+        self.case = case
+        self.backwards = 0
+
+    @property
+    def now(self) -> bool:
+        step, micro = divmod(self.backwards, self.case["accumulation"])
+        return bool(self.case["rank"] == RANK and step + 1 in self.case["steps"] and micro == self.case.get("micro", 0))
+
+    def loss(self, *arguments: Any) -> Tensor:
+        loss = summed_cross_entropy(*arguments)
+        kind = self.case["what"]
+        if self.now and kind == "loss":
+            loss = loss * BAD[self.case["value"]]
+        if self.now and kind == "loss_alone":  # the gradient stays finite
+            loss = loss + BAD[self.case["value"]]
+        return loss
+
+    def gradient(self, gradient: Tensor) -> Tensor | None:
+        if not self.now or self.case["what"] != "gradient":
+            return None
+        spoilt = gradient.clone()
+        spoilt.view(-1)[0] = BAD[self.case["value"]]
+        return spoilt
+
+    def run(self) -> None:
+        with (
+            patch.object(loop, "summed_cross_entropy", self.loss),
+            patch.object(run, "build_model", self.model_with_hook),
+        ):
+            run_case(self)
+
+    def model_with_hook(self, *arguments: Any) -> Any:
+        model, *rest = BUILD_MODEL(*arguments)
+        model.fc7.weight.register_hook(self.gradient)  # type: ignore[no-untyped-call]
+        return model, *rest
+
+
+def tensors(engine: Any) -> dict[str, Tensor]:
+    """All that a step may change on this rank: weights, masters, moments, counts of steps."""
+    optimizer = engine.optimizer
+    found = {f"weight {name}": getattr(p, "ds_tensor", p).detach() for name, p in engine.module.named_parameters()}
+    found |= {f"buffer {name}": b for name, b in engine.module.named_buffers()}
+    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+        found |= {f"{name} {i}": t.detach() for i, t in enumerate(getattr(optimizer, name, ()))}
+    for i, group in enumerate(getattr(optimizer, "fp32_groups", ())):
+        found |= {f"master {i} {j}": p.detach() for j, p in enumerate(group)}
+    for number, state in enumerate(engine.basic_optimizer.state.values()):
+        found |= {f"state {number} {key}": torch.as_tensor(value) for key, value in state.items()}
+    for number, group in enumerate(engine.basic_optimizer.param_groups):
+        if "step" in group:
+            found[f"group {number} step"] = torch.as_tensor(group["step"])
+    return found
+
+
+def digest(engine: Any) -> str:
+    sums = {key: hashlib.sha256(t.float().numpy().tobytes()).hexdigest() for key, t in tensors(engine).items()}
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+
+
+def left_over(engine: Any) -> list[str]:
+    """What gradients of any kind still hold a value that is not finite."""
+    found: dict[str, Tensor] = {}
+    for name, p in engine.module.named_parameters():
+        if p.grad is not None:
+            found[f"grad {name}"] = p.grad
+    for name, value in vars(engine.optimizer).items():
+        if isinstance(value, Tensor):
+            found[name] = value
+        elif "grad" in name:
+            found |= {f"{name} {i}": t for i, t in enumerate(flat(value))}
+    return [name for name, t in found.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+
+
+def flat(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for one in values for tensor in flat(one)]
+
+
+def run_case(fault: Fault) -> None:
+    case = fault.case
+    out = Path(OUT) / case["name"]
+    seen: list[dict[str, Any]] = []
+    engine_step = deepspeed.DeepSpeedEngine.step
+
+    def step(engine: Any) -> None:
+        fault.backwards += 1
+        before = digest(engine)
+        engine_step(engine)
+        if fault.backwards % case["accumulation"]:
+            return
+        seen.append(
+            {
+                "before": before,
+                "after": digest(engine),
+                "finite": all(bool(torch.isfinite(t.float()).all()) for t in tensors(engine).values()),
+                "left": left_over(engine),
+                "overflow": getattr(engine.optimizer, "overflow", None),
+                "norm": str(engine.get_global_grad_norm()),
+                "skipped": engine.skipped_steps,
+                "scale": loss_scale(engine),
+                "global_steps": engine.global_steps,
+            }
+        )
+
+    recipe = recipe_from_dict({**RECIPE, "train": {"seed": 5, **case.get("train", {})}}, "the test")
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": case["accumulation"],
+        "zero_optimization": {"stage": case["stage"]},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": 0.01, "torch_adam": True}},
+        "gradient_clipping": case["clipping"],
+    }
+    if case["precision"] != "fp32":
+        config[case["precision"]] = {"enabled": True, **case.get("section", {})}
+    config |= case.get("config", {})
+    ended = "done"
+    deepspeed.DeepSpeedEngine.step = step
+    try:
+        run.train(run.RunConfig(SHARDS, out, recipe, config))
+    except EarlyEnd as end:
+        ended = f"{end.code}: {end}"
+    except Exception as error:
+        ended = f"{type(error).__name__}: {error}"
+    finally:
+        deepspeed.DeepSpeedEngine.step = engine_step
+    Path(OUT, f"{case['name']}-rank{RANK}.json").write_text(json.dumps({"steps": seen, "ended": ended}))
+
+
+if __name__ == "__main__":
+    for case in json.loads(Path(CASES).read_text()):
+        print(case["name"], flush=True)
+        Fault(case).run()
