@@ -1,7 +1,7 @@
 """Many short runs on the ranks of one launch, a fault in each: what a step left of weights and optimizer, by digests.
 
 Arguments: shards, a folder for the runs, and a JSON list of cases. Each rank writes OUT/NAME-rank<R>.json: for each
-step the digests before and after, whether all weights are finite, and what is left in gradients; then how it ended.
+step the digests of its state before and after, and what in it and in gradients is not finite; then how it ended.
 """
 
 import hashlib
@@ -17,17 +17,21 @@ from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from torch import Tensor
 
 from fcn_dist.config import recipe_from_dict
+from fcn_dist.data.loader import Batch
 from fcn_dist.errors import EarlyEnd
 from fcn_dist.model.loss import summed_cross_entropy
 from fcn_dist.ranks import Rank
 from fcn_dist.training import loop, run
 from fcn_dist.training.engine import loss_scale
+from fcn_dist.training.finite import StepCheck
+from fcn_dist.training.intake import Intake
 
 CPU_Accelerator.is_fp16_supported = lambda self: True  # as in fp16_anywhere.py
 
 SHARDS, OUT, CASES = sys.argv[-3:]  # the launcher puts an argument of its own before them
 RANK = Rank.from_environment().index
-BUILD_MODEL = run.build_model
+BUILD_MODEL, AGREE, FINITE = run.build_model, Intake.agree, StepCheck.finite
+BACKWARD = deepspeed.DeepSpeedEngine.backward
 RECIPE = {
     "data": {"crop": [32, 40], "workers": 0},
     "model": {"width": 0.0625, "head_width": 24, "dropout": 0.3},
@@ -45,6 +49,7 @@ class Fault:
     def __init__(self, case: dict[str, Any]) -> None:
         self.case = case
         self.backwards = 0
+        self.engine: Any = None
 
     @property
     def now(self) -> bool:
@@ -67,6 +72,11 @@ class Fault:
         spoilt.view(-1)[0] = BAD[self.case["value"]]
         return spoilt
 
+    def running_mean(self, model: torch.nn.Module, _: Any, scores: Tensor) -> None:
+        if model.training:
+            assert isinstance(model.mean, Tensor)
+            model.mean.mul_(0.9).add_(scores.detach().mean() * (BAD[self.case["value"]] if self.now else 1))
+
     def run(self) -> None:
         with (
             patch.object(loop, "summed_cross_entropy", self.loss),
@@ -76,6 +86,9 @@ class Fault:
 
     def model_with_hook(self, *arguments: Any) -> Any:
         model, *rest = BUILD_MODEL(*arguments)
+        # A running mean, as batch normalisation keeps, into which every NaN would go for good.
+        model.register_buffer("mean", torch.zeros(1), persistent=False)
+        model.register_forward_hook(self.running_mean)
         model.fc7.weight.register_hook(self.gradient)  # type: ignore[no-untyped-call]
         return model, *rest
 
@@ -97,23 +110,24 @@ def tensors(engine: Any) -> dict[str, Tensor]:
     return found
 
 
-def digest(engine: Any) -> str:
-    sums = {key: hashlib.sha256(t.float().numpy().tobytes()).hexdigest() for key, t in tensors(engine).items()}
+def digest_of(found: dict[str, Tensor]) -> str:
+    sums = {key: hashlib.sha256(t.float().numpy().tobytes()).hexdigest() for key, t in found.items()}
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
-def left_over(engine: Any) -> list[str]:
-    """What gradients of any kind still hold a value that is not finite."""
-    found: dict[str, Tensor] = {}
-    for name, p in engine.module.named_parameters():
-        if p.grad is not None:
-            found[f"grad {name}"] = p.grad
+def not_finite(found: dict[str, Tensor]) -> list[str]:
+    return [name for name, t in found.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+
+
+def gradients(engine: Any) -> dict[str, Tensor]:
+    """What is left of gradients, in buffers of any kind."""
+    found = {f"grad {name}": p.grad for name, p in engine.module.named_parameters() if p.grad is not None}
     for name, value in vars(engine.optimizer).items():
         if isinstance(value, Tensor):
             found[name] = value
         elif "grad" in name:
             found |= {f"{name} {i}": t for i, t in enumerate(flat(value))}
-    return [name for name, t in found.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    return found
 
 
 def flat(value: Any) -> list[Tensor]:
@@ -127,49 +141,49 @@ def run_case(fault: Fault) -> None:
     case = fault.case
     out = Path(OUT) / case["name"]
     seen: list[dict[str, Any]] = []
-    engine_step = deepspeed.DeepSpeedEngine.step
 
-    def step(engine: Any) -> None:
+    def agree(intake: Intake, done: int, micro_batches: list[Batch]) -> int:
+        assert fault.engine is not None or done == 1
+        before = digest_of(tensors(fault.engine)) if fault.engine else None
+        seen.append({"step": done, "before": before, "positions": [batch.positions for batch in micro_batches]})
+        return AGREE(intake, done, micro_batches)
+
+    def backward(engine: Any, loss: Tensor) -> None:
+        fault.engine = engine
+        BACKWARD(engine, loss)
         fault.backwards += 1
-        before = digest(engine)
-        engine_step(engine)
-        if fault.backwards % case["accumulation"]:
-            return
-        seen.append(
-            {
-                "before": before,
-                "after": digest(engine),
-                "finite": all(bool(torch.isfinite(t.float()).all()) for t in tensors(engine).values()),
-                "left": left_over(engine),
-                "overflow": getattr(engine.optimizer, "overflow", None),
-                "norm": str(engine.get_global_grad_norm()),
+
+    def finite(check: StepCheck, done: int, micro_batches: list[Batch]) -> bool:
+        engine = check.engine
+        try:
+            return FINITE(check, done, micro_batches)
+        finally:
+            seen[-1] |= {
+                "after": digest_of(tensors(engine)),
+                "weights": digest_of({name: p.detach() for name, p in engine.module.named_parameters()}),
+                "not_finite": not_finite({**tensors(engine), **gradients(engine)}),
                 "skipped": engine.skipped_steps,
                 "scale": loss_scale(engine),
-                "global_steps": engine.global_steps,
             }
-        )
 
-    recipe = recipe_from_dict({**RECIPE, "train": {"seed": 5, **case.get("train", {})}}, "the test")
+    recipe = recipe_from_dict(RECIPE, "the test", case.get("set", []))
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": case["accumulation"],
-        "zero_optimization": {"stage": case["stage"]},
         "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": 0.01, "torch_adam": True}},
         "gradient_clipping": case["clipping"],
+        **case["config"],
     }
-    if case["precision"] != "fp32":
-        config[case["precision"]] = {"enabled": True, **case.get("section", {})}
-    config |= case.get("config", {})
     ended = "done"
-    deepspeed.DeepSpeedEngine.step = step
-    try:
-        run.train(run.RunConfig(SHARDS, out, recipe, config))
-    except EarlyEnd as end:
-        ended = f"{end.code}: {end}"
-    except Exception as error:
-        ended = f"{type(error).__name__}: {error}"
-    finally:
-        deepspeed.DeepSpeedEngine.step = engine_step
+    with (
+        patch.object(Intake, "agree", agree),
+        patch.object(deepspeed.DeepSpeedEngine, "backward", backward),
+        patch.object(StepCheck, "finite", finite),
+    ):
+        try:
+            run.train(run.RunConfig(SHARDS, out, recipe, config))
+        except EarlyEnd as end:
+            ended = f"{end.code}: {end}"
     Path(OUT, f"{case['name']}-rank{RANK}.json").write_text(json.dumps({"steps": seen, "ended": ended}))
 
 
