@@ -24,7 +24,7 @@ from fcn_dist.training.runfolder import Journal
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "launch" / "train.py"
 MANY_RUNS = ROOT / "tests" / "not_finite.py"
-TIME_LIMIT = 200.0  # seconds a launch
+TIME_LIMIT = 300.0  # seconds a launch, of which an idle machine takes a twentieth
 SEED, STEPS, MICRO_BATCH = 5, 4, 2
 
 Case = dict[str, Any]
@@ -101,15 +101,15 @@ def assert_logged(line: dict[str, Any], one: Case, shards: Path) -> None:
 def test_no_rank_trains_a_step_in_which_one_met_what_is_not_finite(
     precision: str, shards: Path, tmp_path: Path
 ) -> None:
-    """All ZeRO stages; in the first micro-batch of two and in the last, and where the gradient alone would not tell."""
+    """All ZeRO stages; in the first micro-batch of two, and in the last where the gradient alone would not tell."""
     cases = []
     for stage in range(4):
+        clipping = float(stage % 2 == 0)
         cases += [
-            case(f"{stage}-gradient", stage, precision, "gradient"),
-            case(f"{stage}-infinite", stage, precision, "gradient", "inf", clipping=0.0, accumulation=1),
-            case(f"{stage}-loss", stage, precision, "loss", "inf", micro=1),
-            case(f"{stage}-loss-alone", stage, precision, "loss_alone", clipping=0.0, accumulation=1),
+            case(f"{stage}-gradient", stage, precision, "gradient", clipping=clipping),
+            case(f"{stage}-loss", stage, precision, "loss_alone", "inf", micro=1, clipping=clipping),
         ]
+    cases.append(case("0-plain", 0, precision, "loss", clipping=0.0, accumulation=1))
     run_cases(cases, shards, tmp_path)
     for one in cases:
         run = tmp_path / one["name"]
@@ -133,10 +133,9 @@ def test_no_rank_trains_a_step_in_which_one_met_what_is_not_finite(
             assert train[0]["loss_scale"] == 256 and train[3]["loss_scale"] == (128 if one["name"][0] == "0" else 256)
     for number in range(4):
         # Whatever the fault was, nothing of it is left that would show in later steps.
-        for first, second in (("gradient", "loss"), ("infinite", "loss-alone")):
-            pair = [told(tmp_path, f"{number}-{name}") for name in (first, second)]
-            ends = [[rank["steps"][-1]["weights"] for rank in ranks] for ranks in pair]
-            assert ends[0] == ends[1]
+        both = [told(tmp_path, f"{number}-{name}") for name in ("gradient", "loss")]
+        ends = [[rank["steps"][-1]["weights"] for rank in ranks] for ranks in both]
+        assert ends[0] == ends[1]
 
 
 @pytest.mark.slow
