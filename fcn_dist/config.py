@@ -109,6 +109,7 @@ class TrainConfig:
 
     global_batch: int | None = None  # images a step, over all ranks; None: as the DeepSpeed configuration gives it
     seed: int = 0
+    max_skipped_steps: int = 10  # that may not be finite, in the whole run, before it ends
     watchdog: float = 600.0  # seconds without progress on any rank that end the job; 0: never
 
     def __post_init__(self) -> None:
@@ -121,6 +122,7 @@ class TrainConfig:
             self.global_batch,
             ">= 1",
         )
+        _check(self.max_skipped_steps >= 0, "train.max_skipped_steps", self.max_skipped_steps, "0 or more steps")
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,11 @@ class EarlyEnd(Exception):
     """
 
     def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
+        super().__init__(message, code)  # both, so that one rank can send it to the others
         self.code = code
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class LostPeer(Exception):

@@ -52,8 +52,9 @@ class TrainingProgress:
 
     def figures(self, done: int, figures: dict[str, Any]) -> None:
         """Show the figures of the last interval."""
+        loss = "-" if figures["loss"] is None else f"{figures['loss']:.4f}"
         text = (
-            f"epoch {figures['epoch']:.2f}  loss {figures['loss']:.4f}  lr {figures['learning_rate']:.2e}  "
+            f"epoch {figures['epoch']:.2f}  loss {loss}  lr {figures['learning_rate']:.2e}  "
             f"{figures['images_per_second']:.1f} img/s  waiting {100 * figures['data_wait']:.0f} %"
         )
         self._progress.update(self._task, figures=text)

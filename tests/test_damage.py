@@ -17,7 +17,7 @@ from colour_scenes import write_colour_scenes
 from shard_surgery import plant, rewrite_records
 
 from fcn_dist.config import DataConfig
-from fcn_dist.data.crops import BadSample
+from fcn_dist.data.crops import BadSample, CropReader, trained_samples
 from fcn_dist.data.loader import Batch, build_loader, build_scene_loader
 from fcn_dist.data.members import members_path
 from fcn_dist.data.packing.run import pack
@@ -166,6 +166,22 @@ def test_damage_is_listed_sample_by_sample_and_the_rest_is_right(
             one_epoch(ShardSet.open(folder), budget=0)
         with pytest.raises(DamagedSample, match=VICTIM):
             list(build_scene_loader(ShardSet.open(folder), Rank(), 0))
+
+
+def test_the_samples_of_a_batch_are_told_as_they_were_replaced(sound: ShardSet, folder: Path) -> None:
+    """With the crops themselves as the witness: at its position, the told sample gives the delivered pixels."""
+    garbage(folder / VICTIM)
+    shard_set = ShardSet.open(folder)
+    stream = SampleStream(shard_set, 3)
+    reader = CropReader(sound, SampleStream(sound, 3), DataConfig(crop=CROP))
+    batches = one_epoch(shard_set, budget=100)
+    assert sum(len(batch.bad_samples) for batch in batches) > SHARD, "some replacement is damaged itself"
+    for batch in batches:
+        told = trained_samples(stream, batch.positions, batch.bad_samples)
+        for row, (position, index) in enumerate(zip(batch.positions, told, strict=True)):
+            image, target = np.empty((*CROP, 3), np.uint8), np.empty(CROP, np.uint8)
+            reader._read(position, index, image, target)
+            assert np.array_equal(image, batch.images[row].numpy())
 
 
 def rewrite_tar(

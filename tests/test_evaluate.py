@@ -15,7 +15,7 @@ from fcn_dist.config import ModelConfig
 from fcn_dist.data.packing.run import pack
 from fcn_dist.data.shard import DamagedSample
 from fcn_dist.data.shardset import ShardSet
-from fcn_dist.errors import UserError
+from fcn_dist.errors import EarlyEnd, UserError
 from fcn_dist.model.fcn import FCN
 from fcn_dist.ranks import Rank
 from fcn_dist.scoring.evaluate import check_classes, evaluate, rounds
@@ -155,7 +155,7 @@ def test_a_rank_whose_loader_fails_goes_on_with_its_rounds_and_keeps_the_error(
     data = bytearray(shard.path.read_bytes())
     data[int(record["image_offset"]) + 60] ^= 1
     shard.path.write_bytes(data)
-    failures: list[UserError] = []
+    failures: list[UserError | EarlyEnd] = []
     scenes = list(rounds(damaged, Rank(0, 2), workers, failures))
     assert [scene is not None for scene in scenes] == [True, False, False]
     assert len(failures) == 1 and repr(damaged.key(2)) in str(failures[0])

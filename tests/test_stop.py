@@ -155,7 +155,7 @@ def test_a_stop_before_the_first_step_saves_nothing_and_the_same_command_begins(
         job.until(lambda: (run / ".lock").exists())
         job.process.terminate()
         assert job.ended() == EXIT_REQUEUE, job.output()
-    assert "nothing to save" in job.output()
+    assert "there is no checkpoint yet" in job.output()
     with running(command, run) as job:
         assert job.ended() == 0, job.output()
     assert [line["step"] for line in journal(run, "train")] == [1, 2, 3]

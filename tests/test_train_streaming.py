@@ -29,6 +29,35 @@ checkpoint: {{every: 2}}
 log: {{every: 1}}
 """
 
+# launch/train.py that lists position and key of each sample before it is trained.
+LISTING = """
+import json, sys
+from pathlib import Path
+from fcn_dist.commands.entry import run_script
+from fcn_dist.data.crops import trained_samples
+from fcn_dist.data.shardset import ShardSet
+from fcn_dist.training import run
+
+steps, train_steps = [], run.train_steps
+
+def listing(job, engine, intake, *rest):
+    shards = ShardSet.open(sys.argv[sys.argv.index("--shards") + 1], "training")
+    take = intake.take
+    def listed():
+        taken = take()
+        steps.append([])
+        for batch in taken:
+            samples = trained_samples(job.stream, batch.positions, batch.bad_samples)
+            steps[-1] += [(p, shards.key(i)) for p, i in zip(batch.positions, samples)]
+        return taken
+    intake.take = listed
+    train_steps(job, engine, intake, *rest)
+    Path(f"rank{job.rank.index}.json").write_text(json.dumps(steps))
+
+run.train_steps = listing
+sys.exit(run_script("train"))
+"""
+
 pytestmark = pytest.mark.slow
 
 
@@ -125,6 +154,27 @@ def test_within_the_budget_they_are_replaced_counted_over_ranks_and_listed_also_
     assert f"2 damaged samples replaced: {keys[0]!r} in " in second and f"{keys[1]!r} in " in second
     assert [(line["step"], line["key"]) for line in lines(run, "bad_sample")] == [(1, keys[0]), (3, keys[1])]
     assert [line["step"] for line in lines(run, "train")] == [1, 2, 3, 4]
+
+
+def test_replaced_samples_of_one_rank_leave_both_with_the_same_global_batches_as_one_rank(
+    damaged: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    """By keys, as each rank was about to train them, and by the losses."""
+    folder, keys = damaged
+    script = tmp_path / "listing.py"
+    script.write_text(LISTING)
+    batches = {}
+    for world_size in (1, 2):
+        run = tmp_path / f"run{world_size}"
+        run_ranks(script, arguments(tmp_path, folder, run, "data.max_bad_samples=2"), world_size, tmp_path, TIME_LIMIT)
+        seen = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("rank*.json"))]
+        assert [len(steps) for steps in seen] == [STEPS] * world_size
+        batches[world_size] = [sorted(sample for steps in seen for sample in steps[step]) for step in range(STEPS)]
+    assert batches[1] == batches[2]
+    assert [position for step in batches[2] for position, _ in step] == list(range(STEPS * GLOBAL_BATCH))
+    trained = {key for step in batches[2] for _, key in step}
+    assert len(lines(tmp_path / "run2", "bad_sample")) == 2 and not trained & set(keys)
+    assert losses(tmp_path / "run2") == pytest.approx(losses(tmp_path / "run1"), rel=2e-5)
 
 
 def test_one_more_than_the_budget_ends_the_run_on_all_ranks_together(

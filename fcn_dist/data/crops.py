@@ -1,6 +1,7 @@
 """Stream positions in, crops out: read, check, decode, cut; or replace what is damaged, within a budget."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -86,6 +87,15 @@ class CropReader:
         padding = np.empty((*self.config.crop, 3), np.uint8)
         padding[:] = np.rint(self.shard_set.channel_mean).astype(np.uint8)
         return padding
+
+
+def trained_samples(stream: SampleStream, positions: Sequence[int], replaced: Iterable[BadSample]) -> list[int]:
+    """The samples that a micro-batch holds, given those that were replaced in it."""
+    attempts = Counter(bad.position for bad in replaced)
+    return [
+        stream.replacement(position, attempts[position] - 1) if attempts[position] else index
+        for position, index in zip(positions, stream.samples(positions).tolist(), strict=True)
+    ]
 
 
 def read_arrays(shard_set: ShardSet, shard: Shard, record: "np.void", reduction: int = 1) -> tuple[Pixels, Pixels]:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from fcn_dist.config import DataConfig
 from fcn_dist.data.crops import BadSample, CropReader, read_arrays
 from fcn_dist.data.handoff import Place, Slots
+from fcn_dist.data.loaderprocesses import started
 from fcn_dist.data.loadersignals import leave_stopping_to_the_parent
 from fcn_dist.data.members import member_key
 from fcn_dist.data.shardset import ShardSet
@@ -75,7 +76,7 @@ def build_loader(
     """The micro-batches that `rank` trains in global steps `steps`, in order.
 
     Starting in the middle of an epoch costs no more than at its start. Errors of loader processes are raised here
-    as they were there.
+    as they were there; EarlyEnd if one was killed.
     """
     crops = CropReader(shard_set, stream, config)
     slots = Slots(config.workers, PREFETCHED_BATCHES + 2, plan.micro_batch, config.crop) if config.workers else None
@@ -144,7 +145,7 @@ def _run(pipeline: Any, workers: int) -> Iterator[Any]:
         # The stages are closures, and the shard set is open already: both are inherited, not sent.
         multiprocessing_context="fork" if workers else None,
     )
-    for item in loader:
+    for item in started(loader):
         if isinstance(item, UserError):
             raise item
         yield item

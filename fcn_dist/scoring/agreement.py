@@ -2,11 +2,11 @@
 
 import torch.distributed as dist
 
-from fcn_dist.errors import UserError
+from fcn_dist.errors import EarlyEnd, UserError
 from fcn_dist.ranks import Rank
 
 
-def raise_together(failure: UserError | None, rank: Rank) -> None:
+def raise_together(failure: UserError | EarlyEnd | None, rank: Rank) -> None:
     """Raise the failure of the lowest rank that has one, on all ranks. All of them call it."""
     failures = [failure]
     if rank.world_size > 1:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fcn_dist.data.loader import Scene, build_scene_loader
 from fcn_dist.data.shardset import ShardSet
-from fcn_dist.errors import UserError
+from fcn_dist.errors import EarlyEnd, UserError
 from fcn_dist.model.fcn import FCN
 from fcn_dist.model.upsampling import argmax_upsampled
 from fcn_dist.ranks import Rank
@@ -37,7 +37,7 @@ def evaluate(
     finished samples.
 
     Raises UserError, on all ranks alike, if the set's classes do not fit the network's outputs, or a sample is damaged:
-    a score of fewer samples would be another score.
+    a score of fewer samples would be another score. EarlyEnd, likewise, if a loader process was killed.
     """
     rank = rank or Rank()
     forward = forward or model
@@ -45,7 +45,7 @@ def evaluate(
     label_table = np.frombuffer(shard_set.label_rule(score_other).label_table, np.uint8)
     device = model.score_fr.weight.device
     matrix = ConfusionMatrix(len(shard_set.classes))
-    failures: list[UserError] = []
+    failures: list[UserError | EarlyEnd] = []
     was_training = model.training
     model.eval()
     try:
@@ -67,7 +67,9 @@ def evaluate(
     return score(matrix, shard_set.classes, shard_set.split, len(shard_set), score_other)
 
 
-def rounds(shard_set: ShardSet, rank: Rank, workers: int, failures: list[UserError]) -> Iterator[Scene | None]:
+def rounds(
+    shard_set: ShardSet, rank: Rank, workers: int, failures: list[UserError | EarlyEnd]
+) -> Iterator[Scene | None]:
     """This rank's scenes, then None until every rank has had equally many.
 
     Under ZeRO-3 each forward gathers weights from all ranks: a rank that stopped early would leave the others
@@ -78,7 +80,7 @@ def rounds(shard_set: ShardSet, rank: Rank, workers: int, failures: list[UserErr
         for scene in build_scene_loader(shard_set, rank, workers):
             yield scene
             count += 1
-    except UserError as error:
+    except (UserError, EarlyEnd) as error:
         failures.append(error)
     for _ in range(count, math.ceil(len(shard_set) / rank.world_size)):
         yield None

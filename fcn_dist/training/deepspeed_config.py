@@ -66,6 +66,7 @@ def resolve(values: dict[str, Any], recipe: Recipe, world_size: int) -> EngineCo
     stage = _section(values, "zero_optimization").get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"zero_optimization.stage is {stage!r}; 0, 1, 2 or 3 is needed")
+    _refuse_unchecked_steps(values, precision, stage)
     optimizer = values["optimizer"]
     resolved = _without_auto(values) | {
         "train_batch_size": plan.global_batch,
@@ -92,6 +93,22 @@ def _refuse_what_the_recipe_owns(values: dict[str, Any]) -> None:
             "the DeepSpeed configuration names no optimizer; optimizer.type is needed, such as "
             '{"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}'
         )
+
+
+def _refuse_unchecked_steps(values: dict[str, Any], precision: str, stage: int) -> None:
+    """With these, DeepSpeed 0.19.8 was seen to train a NaN gradient into all weights."""
+    if stage not in (1, 2):
+        return
+    if precision == "bfloat16" and _section(values, "bf16").get("check_grad_overflow") is False:
+        unchecked = "bf16.check_grad_overflow"
+    elif precision == "float32" and _section(values, "zero_optimization").get("compute_grad_norm") is False:
+        unchecked = "zero_optimization.compute_grad_norm"
+    else:
+        return
+    raise UserError(
+        f"{unchecked} is false in the DeepSpeed configuration, so that a single NaN gradient would spoil all weights; "
+        "steps must be checked; remove it"
+    )
 
 
 def _section(values: dict[str, Any], key: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from itertools import islice
 import torch
 
 from fcn_dist.data.loader import Batch
-from fcn_dist.errors import UserError
+from fcn_dist.errors import EarlyEnd, UserError
 from fcn_dist.ranks import Rank
 from fcn_dist.scoring.agreement import raise_together
 from fcn_dist.training.bad_samples import BadSamples
@@ -37,21 +37,22 @@ class Intake:
     device: torch.device
     bad_samples: BadSamples
     stop: StopRequest
-    _failure: UserError | None = None
+    _failure: UserError | EarlyEnd | None = None
 
     def take(self) -> list[Batch]:
         """The next step's micro-batches; fewer if the loader failed, which `agree` then says on all ranks."""
         micro_batches: list[Batch] = []
         try:
             micro_batches += islice(self.batches, self.accumulation)
-        except UserError as error:
+        except (UserError, EarlyEnd) as error:
             self._failure = error
         return micro_batches
 
     def agree(self, done: int, micro_batches: list[Batch]) -> Agreement:
         """What the ranks agree on about the global batch that ends step `done`. All ranks call it.
 
-        Raises UserError, on all ranks alike, if a rank's loader failed, or damaged samples exceed their budget.
+        Raises UserError, on all ranks alike, if a rank's loader failed, or damaged samples exceed their budget;
+        EarlyEnd if one of its processes was killed.
         """
         labelled = sum(batch.labelled for batch in micro_batches)
         found = [bad for batch in micro_batches for bad in batch.bad_samples]

@@ -50,6 +50,11 @@ class Keeper:
         self._pending: Pending | None = None
         self._failures = 0  # in a row
 
+    @property
+    def newest(self) -> str:
+        """What there is to continue from, in words."""
+        return "there is no checkpoint yet" if self.last is None else f"step {self.last} is the newest checkpoint"
+
     def save(self, done: int, scores: dict[str, Any] | None) -> None:
         """Begin the checkpoint of step `done`, and end it, too, unless it is written in the background.
 
@@ -124,8 +129,7 @@ class Keeper:
     def _failed(self, step: int, failure: str) -> None:
         self._failures += 1
         allowed = self._job.recipe.checkpoint.max_failures
-        last = "no checkpoint yet" if self.last is None else f"step {self.last} is the newest checkpoint"
-        trouble = f"the checkpoint of step {step} could not be written: {failure}; {last}"
+        trouble = f"the checkpoint of step {step} could not be written: {failure}; {self.newest}"
         cure = "make room or mend the disk, and continue with --resume"
         if step == self._job.steps:
             raise UserError(f"{trouble}; the last checkpoint of a run is needed; {cure}")

@@ -1,5 +1,6 @@
 """The loop: batch, forward, backward, step; then log, evaluate and save when they are due."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from fcn_dist.progress import TrainingProgress
 from fcn_dist.training.augment import to_device
 from fcn_dist.training.collective import sum_over_ranks
 from fcn_dist.training.engine import Engine, backward, gradient_norm, loss_scale, set_learning_rate
+from fcn_dist.training.finite import StepCheck
 from fcn_dist.training.intake import Intake
 from fcn_dist.training.job import Job
 from fcn_dist.training.keeper import Keeper
@@ -26,6 +28,7 @@ def train_steps(
     job: Job,
     engine: Engine,
     intake: Intake,
+    check: StepCheck,
     clock: PhaseClock,
     pace: PaceReport,
     first_step: int,
@@ -58,12 +61,12 @@ def train_steps(
             coarse = engine(images, coarse=True, dropout_keys=dropout_keys)
             loss = summed_cross_entropy(coarse, targets, job.stride)
             clock.enter(Phase.BACKWARD)
-            backward(engine, loss * scale)
+            backward(engine, check.watch(loss) * scale)
             engine.step()
             meter.add_loss(loss.detach() / agreed.labelled)
         average_statistics(engine.module, job.rank)
+        meter.add_step(check.finite(done, micro_batches))
         clock.enter(Phase.LOGGING)
-        meter.add_step()
         progress.step(done)
 
         if due(done, recipe.log.every, job.steps):
@@ -93,37 +96,48 @@ class Meter:
 
     device: torch.device
     clock: PhaseClock
-    _losses: list[torch.Tensor] = field(default_factory=list)
+    _losses: list[torch.Tensor] = field(default_factory=list)  # of finite steps
+    _of_this_step: list[torch.Tensor] = field(default_factory=list)
     _steps: int = 0
+    _not_finite: int = 0  # of these steps
     _before: tuple[float, float] = (0.0, 0.0)
 
     def add_loss(self, share: torch.Tensor) -> None:
         """One micro-batch's share of a global batch's loss; stays on the device until it is read."""
-        self._losses.append(share)
+        self._of_this_step.append(share)
 
-    def add_step(self) -> None:
-        """A step is done."""
+    def add_step(self, finite: bool) -> None:
+        """A step is done; the losses of one that was not finite say nothing."""
         self._steps += 1
+        if finite:
+            self._losses += self._of_this_step
+        else:
+            self._not_finite += 1
+        self._of_this_step = []
 
     def read(self, job: Job, engine: Engine, done: int, rate: float) -> dict[str, Any]:
         """The figures over all ranks, and a fresh start. All ranks call it."""
-        loss = sum_over_ranks(torch.stack(self._losses).sum(), job.rank)
-        mean_loss = float(loss) / self._steps  # waits for the device, so that the time below is the steps' own
+        losses = torch.stack(self._losses or [torch.zeros((), device=self.device)])
+        # Waits for the device, so that the time below is the steps' own.
+        loss = float(sum_over_ranks(losses.sum(), job.rank))
+        finite = self._steps - self._not_finite
         self.clock.enter(Phase.LOGGING)  # which adds up the seconds until now
         elapsed, waited = (now - before for now, before in zip(self._seconds(), self._before, strict=True))
         waited = float(sum_over_ranks(torch.tensor([waited], device=self.device), job.rank))
+        norm = gradient_norm(engine)
         figures = {
             "epoch": done * job.config.plan.global_batch / job.stream.num_samples,
-            "loss": mean_loss,
+            "loss": loss / finite if finite else None,
+            "not_finite_steps": self._not_finite,
             "learning_rate": rate,
-            "gradient_norm": gradient_norm(engine),
+            "gradient_norm": norm if norm is not None and math.isfinite(norm) else None,
             "loss_scale": loss_scale(engine),
             "skipped_steps": int(engine.skipped_steps),
             "images_per_second": self._steps * job.config.plan.global_batch / elapsed,
             "data_wait": waited / job.rank.world_size / elapsed,
             "peak_memory": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None,
         }
-        self._losses, self._steps, self._before = [], 0, self._seconds()
+        self._losses, self._steps, self._not_finite, self._before = [], 0, 0, self._seconds()
         return figures
 
     def _seconds(self) -> tuple[float, float]:

@@ -30,6 +30,7 @@ from fcn_dist.training.collective import device, noticing_lost_peers, of_all_ran
 from fcn_dist.training.deepspeed_config import EngineConfig, resolve
 from fcn_dist.training.engine import build_engine, read_state
 from fcn_dist.training.entry import Entry, Start, clear, enter
+from fcn_dist.training.finite import StepCheck
 from fcn_dist.training.intake import Intake
 from fcn_dist.training.job import Job
 from fcn_dist.training.keeper import Keeper
@@ -118,11 +119,16 @@ def _train(config: RunConfig, stop: StopRequest) -> Scores | None:
             journal.write("start", first_step, world_size=rank.world_size, command=record.command)
         bad_samples = BadSamples(recipe.data.max_bad_samples, rank, progress, journal)
         intake = Intake(batches, engine_config.plan.accumulation, rank, job.device, bad_samples, stop)
+        budget = recipe.train.max_skipped_steps
+        check = StepCheck(engine, engine_config, budget, shard_set, stream, rank, config.output, progress, journal)
         pace = PaceReport(rank, clock, job.device, events, first_step, progress, journal)
         try:
-            done = train_steps(job, engine, intake, clock, pace, first_step, progress, journal, scorer, keeper)
-        except (EarlyEnd, UserError):
-            keeper.finish()  # all ranks raise these together
+            done = train_steps(job, engine, intake, check, clock, pace, first_step, progress, journal, scorer, keeper)
+        except EarlyEnd as end:  # which all ranks raise together
+            keeper.finish()
+            raise EarlyEnd(f"{end}; {keeper.newest}", end.code) from None
+        except UserError:  # likewise
+            keeper.finish()
             raise
         stop.saving = True
         clock.enter(Phase.SAVING)
@@ -164,12 +170,8 @@ def stopped(job: Job, keeper: Keeper, stop: StopRequest, done: int) -> EarlyEnd:
     """How a run ends that was asked to stop. All ranks call it."""
     reasons = of_all_ranks(stop.reason, job.rank)
     asked = ", ".join(f"rank {index}: {reason}" for index, reason in enumerate(reasons) if reason)
-    if keeper.last is None:
-        saved = "no step is trained, so there is nothing to save"
-    else:
-        saved = f"the checkpoint of step {keeper.last} is written"
     return EarlyEnd(
-        f"stopped after step {done} of {job.steps} ({asked}); {saved}; continue with --resume or --auto-resume "
+        f"stopped after step {done} of {job.steps} ({asked}); {keeper.newest}; continue with --resume or --auto-resume "
         f"(exit code {EXIT_REQUEUE})",
         EXIT_REQUEUE,
     )

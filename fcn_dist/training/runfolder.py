@@ -1,6 +1,7 @@
 """The run folder: run.json once, metrics.jsonl line by line."""
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -96,8 +97,9 @@ class Journal:
         write_text(self.path, "".join(kept))
 
     def write(self, event: str, step: int, **figures: Any) -> None:
-        """Append one line."""
-        line = json.dumps({"event": event, "step": step, "time": round(time.time(), 3), **figures})
+        """Append one line. NaN and infinities, which JSON does not have, are written as null."""
+        record = {"event": event, "step": step, "time": round(time.time(), 3), **_finite(figures)}
+        line = json.dumps(record, allow_nan=False)
         with self.path.open("a") as file:
             file.write(line + "\n")
 
@@ -106,6 +108,14 @@ class Journal:
             return []
         # A kill can leave the last line without its end; that line is of a step after the checkpoint.
         return [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _git_state() -> dict[str, Any]:
