@@ -66,11 +66,10 @@ class Node:
         return self.report.listening and {*self.seen, *self.report.outcomes} == set(self.ranks)
 
     @property
-    def fallen(self) -> list[int]:
-        """Ranks that are gone and left no word."""
-        if self.report is None:
-            return []
-        return sorted(self.seen - {*self.report.ranks, *self.report.outcomes})
+    def missing(self) -> list[int]:
+        """Ranks that are not there and left no word: not yet started, or gone."""
+        told = {*self.report.ranks, *self.report.outcomes} if self.report else set()
+        return sorted(set(self.ranks) - told)
 
     def read(self) -> None:
         """Take in what the agent has told since."""

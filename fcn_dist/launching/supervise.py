@@ -32,6 +32,8 @@ from fcn_dist.launching.start import Order
 
 HELLO_TIMEOUT = 60.0  # seconds for ssh and Python to start on a host
 RELAY_TIMEOUT = 5.0  # seconds for the runner to pass on the last of what ended ranks have printed
+START_TIMEOUT = 120.0  # seconds for the ranks of all hosts to be there, from the first one on
+STALE = 10.0  # seconds that a stop waits for the latest news of every host
 END_SLACK = 10.0  # seconds over the grace for an agent to say that nothing is left
 
 
@@ -134,22 +136,27 @@ class Supervisor:
     def watch(self) -> None:
         """Until the runner is done, or the job can only be ended."""
         assert self.runner
-        stopping, fallen_since = False, None
+        asked, stopped, whole = None, False, time.monotonic()
         while self.runner.poll() is None:
             self.listen()
-            if self.signals.received and not stopping:
-                stopping = True
-                if not all(node.begun for node in self.nodes):
-                    self.stopped_early = True
-                    return
-                self.stop(self.signals.received[0])
+            if self.signals.received and not stopped:
+                asked = asked or time.monotonic()
+                # What an agent told before may have been a moment older than a rank's handler.
+                told = all(node.heard > asked + BEAT for node in self.nodes)
+                if told or time.monotonic() > asked + STALE:
+                    if not all(node.begun for node in self.nodes):
+                        self.stopped_early = True
+                        return
+                    self.stop(self.signals.received[0])
+                    stopped = True
             if self.silent():
                 return
-            if any(node.fallen for node in self.nodes):
-                fallen_since = fallen_since or time.monotonic()
-                # Launchers end the other ranks one after another, with half a minute for each.
-                if time.monotonic() - fallen_since > self.launch.grace:
-                    return
+            if not any(node.missing for node in self.nodes) or not any(node.seen for node in self.nodes):
+                whole = time.monotonic()
+            # Launchers end the other ranks one after another, with half a minute for each, and not on other hosts.
+            limit = self.launch.grace if all(node.seen for node in self.nodes) else START_TIMEOUT
+            if time.monotonic() - whole > limit:
+                return
 
     def listen(self) -> None:
         """Wait for a moment or for news, and let the agents know that someone is here."""
@@ -207,8 +214,8 @@ class Supervisor:
             ranks = ", ".join(map(str, node.ranks))
             say(f"{node.where} (ranks {ranks}) does not answer; go on without it, or once it is back, with --resume")
         for node in self.nodes:
-            if node.fallen and node not in lost:
-                say(f"rank {', '.join(map(str, node.fallen))} on {node.where} ended without a word of its own")
+            if node.missing and node not in lost and not self.stopped_early:
+                say(f"rank {', '.join(map(str, node.missing))} on {node.where} ended without a word of its own")
         if code in self.outcomes.values():
             return code
         if self.stopped_early:
