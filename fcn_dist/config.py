@@ -135,10 +135,18 @@ class CheckpointConfig:
 
     every: int = 0  # steps; 0: only after the last step
     keep: int = 3  # newest checkpoints kept
+    keep_every: int = 0  # steps; those of a multiple of it are kept for good; 0: none for that
+    keep_best: int = 0  # best-scoring checkpoints kept besides; evaluate.every must meet checkpoint.every
+    best_by: Literal["mean_iou", "pixel_accuracy", "score"] = "mean_iou"  # of the benchmark's own scores
+    background: bool = True  # write while training goes on; needs host memory for a second copy of the state
+    max_failures: int = 3  # saves in a row that may fail, as on a full disk, before the run ends
 
     def __post_init__(self) -> None:
         _check(self.every >= 0, "checkpoint.every", self.every, "0 or more steps")
         _check(self.keep >= 1, "checkpoint.keep", self.keep, "1 or more")
+        _check(self.keep_every >= 0, "checkpoint.keep_every", self.keep_every, "0 or more steps")
+        _check(self.keep_best >= 0, "checkpoint.keep_best", self.keep_best, "0 or more checkpoints")
+        _check(self.max_failures >= 0, "checkpoint.max_failures", self.max_failures, "0 or more saves")
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,18 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny shard set: eleven training scenes, so that epochs end inside global batches, and five to validate on."""
+    from fcn_dist.data.packing.run import pack
+    from fcn_dist.data.synthetic import render
+
+    folder = tmp_path_factory.mktemp("packed")
+    render(folder / "scenes", training=11, validation=5, size=(48, 64), seed=3)
+    pack(folder / "scenes", folder / "packed", samples_per_shard=4)
+    return folder / "packed"
+
+
 @pytest.fixture
 def make_scenes(tmp_path: Path) -> MakeScenes:
     """`make_scenes(n=4, ...)` writes a small valid scenes folder and returns its path.

@@ -21,12 +21,14 @@ from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
 from tiny_models import DESCRIPTION, tiny_network
 
-from fcn_dist.checkpoints.store import CheckpointState, commit, prepare
+from fcn_dist.checkpoints.commit import WrittenFile, commit, prepare
+from fcn_dist.checkpoints.store import CheckpointState
 from fcn_dist.config import Recipe, ScheduleConfig
 from fcn_dist.model.fcn import FCN
 from fcn_dist.training.deepspeed_config import EngineConfig, resolve
-from fcn_dist.training.engine import build_engine, set_learning_rate, write_state
+from fcn_dist.training.engine import build_engine, set_learning_rate, take_state
 from fcn_dist.training.schedule import parameter_groups
+from fcn_dist.training.writing import Writing
 
 FROZEN = ("features.0.weight", "features.2.bias")
 
@@ -61,15 +63,18 @@ def save(out: Path, case: str) -> None:
         engine.step()
     weights = gathered(engine, model)
     run_dir = out / case
+    folder: list[Path | None] = [None]
     if rank == 0:
         save_file(weights, out / f"{case}.safetensors")
-        prepare(run_dir, step=2)
-    dist.barrier()
-    folder = run_dir / "checkpoints" / ".step-00000002.partial"
-    write_state(engine, folder, rank == 0)
-    dist.barrier()
+        folder = [prepare(run_dir, step=2)]
+    dist.broadcast_object_list(folder)
+    assert folder[0]
+    writing = Writing(take_state(engine, folder[0], rank == 0), background=False)
+    written: list[dict[Path, WrittenFile]] = [{}] * world_size
+    dist.all_gather_object(written, writing.files)
     if rank == 0:
-        commit(run_dir, state(config, world_size))
+        files = {path.relative_to(folder[0]).as_posix(): file for one in written for path, file in one.items()}
+        commit(folder[0], state(config, world_size), files)
 
 
 def configuration(precision: str, stage: int, options: list[str], world_size: int) -> EngineConfig:

@@ -5,13 +5,18 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from committing import commit_folder
 
 from fcn_dist import files
-from fcn_dist.checkpoints import store as checkpoint
-from fcn_dist.checkpoints.store import CheckpointState, commit, open_checkpoint, prepare, retain
+from fcn_dist.checkpoints import commit as commit_module
+from fcn_dist.checkpoints.commit import WrittenFile, discard_all, prepare, set_aside
+from fcn_dist.checkpoints.retention import retain
+from fcn_dist.checkpoints.store import CheckpointState, checkpoints_dir, open_checkpoint, step_name
+from fcn_dist.config import CheckpointConfig
 from fcn_dist.errors import UserError
 
 
@@ -21,15 +26,15 @@ def state_of(step: int) -> CheckpointState:
 
 
 def write(folder: Path, step: int) -> None:
-    (folder / "deepspeed").mkdir()
     for number in range(2):
         (folder / "deepspeed" / f"rank_{number}.pt").write_bytes(os.urandom(2000 + step % 100))
     (folder / "probe.safetensors").write_bytes(b"probe")
 
 
 def save(run_dir: Path, step: int) -> Path:
-    write(prepare(run_dir, step), step)
-    return commit(run_dir, state_of(step))
+    folder = prepare(run_dir, step)
+    write(folder, step)
+    return commit_folder(folder, state_of(step))
 
 
 def names(run_dir: Path) -> list[str]:
@@ -71,7 +76,8 @@ def test_a_crash_before_the_rename_leaves_the_older_checkpoint_the_newest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     save(tmp_path, 5)
-    write(prepare(tmp_path, 10), 10)
+    folder = prepare(tmp_path, 10)
+    write(folder, 10)
 
     def crash(*_: object) -> None:
         raise KeyboardInterrupt
@@ -80,12 +86,13 @@ def test_a_crash_before_the_rename_leaves_the_older_checkpoint_the_newest(
         if moment == "rename":
             patch.setattr(Path, "rename", crash)
         else:
-            patch.setattr(checkpoint, moment, crash)
+            patch.setattr(commit_module, moment, crash)
         with pytest.raises(KeyboardInterrupt):
-            commit(tmp_path, state_of(10))
+            commit_folder(folder, state_of(10))
     assert open_checkpoint(tmp_path)[0].state.step == 5
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000005\n"
     save(tmp_path, 10)  # and what the crash left is no obstacle
+    discard_all(tmp_path)
     assert names(tmp_path) == ["latest", "step-00000005", "step-00000010"]
     assert open_checkpoint(tmp_path)[0].state.step == 10
 
@@ -108,14 +115,26 @@ def test_the_manifest_goes_in_after_every_file_is_on_disk_and_latest_moves_last(
         events.append(f"rename {target.name}")
         return real_rename(path, target)
 
-    monkeypatch.setattr(checkpoint, "sync", sync)
-    monkeypatch.setattr(checkpoint, "write_text", write_text)
+    monkeypatch.setattr(commit_module, "sync", sync)
+    monkeypatch.setattr(commit_module, "write_text", write_text)
     monkeypatch.setattr(Path, "rename", rename)
     save(tmp_path, 5)
     order = ["write manifest.json", "rename step-00000005", "sync checkpoints", "write latest"]
     assert [event for event in events if event in order] == order
-    before = events[: events.index("write manifest.json")]
-    assert {"sync rank_0.pt", "sync rank_1.pt", "sync probe.safetensors"} <= set(before)
+    between = events[events.index("write manifest.json") : events.index("rename step-00000005")]
+    assert "sync deepspeed" in between, "the names of the ranks' files are on disk before the checkpoint appears"
+
+
+def test_a_file_that_rank_zero_does_not_find_in_its_size_is_no_part_of_a_checkpoint(tmp_path: Path) -> None:
+    folder = prepare(tmp_path, 5)
+    write(folder, 5)
+    files = {"deepspeed/rank_1.pt": WrittenFile(9999, "0" * 64)}
+    with pytest.raises(OSError, match=r"rank_1.pt has 2005 bytes, and 9999 were written"):
+        commit_module.commit(folder, state_of(5), files)
+    (folder / "deepspeed" / "rank_1.pt").unlink()
+    with pytest.raises(OSError, match=r"No such file.*rank_1.pt"):
+        commit_module.commit(folder, state_of(5), files)
+    assert not (checkpoints_dir(tmp_path) / step_name(5)).exists()
 
 
 # ---- damage
@@ -225,11 +244,60 @@ def test_a_step_saved_again_replaces_what_was_there(tmp_path: Path) -> None:
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (5, 10, 15, 20):
-        save(tmp_path, step)
-        retain(tmp_path, 2)
+        newest = save(tmp_path, step)
+        retain(tmp_path, newest, CheckpointConfig(keep=2))
     assert names(tmp_path) == ["latest", "step-00000015", "step-00000020"]
-    retain(tmp_path, 3)
+    assert retain(tmp_path, newest, CheckpointConfig(keep=3)) == []
     assert names(tmp_path) == ["latest", "step-00000015", "step-00000020"]
+
+
+def scored(run_dir: Path, step: int, mean_iou: float, measured_at: int | None = None) -> Path:
+    folder = prepare(run_dir, step)
+    write(folder, step)
+    official = {"pixel_accuracy": 1 - mean_iou, "mean_iou": mean_iou, "score": 0.5}
+    scores = {"step": measured_at or step, "official": official}
+    return commit_folder(folder, replace(state_of(step), scores=scores))
+
+
+def kept(run_dir: Path) -> list[int]:
+    return [int(name.removeprefix("step-")) for name in names(run_dir) if name != "latest"]
+
+
+def test_the_best_by_a_score_are_kept_besides_the_newest(tmp_path: Path) -> None:
+    for step, score in ((5, 0.3), (10, 0.9), (15, 0.5), (20, 0.4), (25, 0.1)):
+        retain(tmp_path, scored(tmp_path, step, score), CheckpointConfig(keep=1, keep_best=2))
+    assert kept(tmp_path) == [10, 15, 25]
+
+
+def test_the_best_by_another_score_and_of_equals_the_later(tmp_path: Path) -> None:
+    config = CheckpointConfig(keep=1, keep_best=1, best_by="pixel_accuracy")
+    for step, score in ((5, 0.3), (10, 0.1), (15, 0.1), (20, 0.4)):
+        retain(tmp_path, scored(tmp_path, step, score), config)
+    assert kept(tmp_path) == [15, 20]
+
+
+def test_a_score_of_another_step_is_not_the_checkpoints_own(tmp_path: Path) -> None:
+    config = CheckpointConfig(keep=1, keep_best=1)
+    retain(tmp_path, scored(tmp_path, 5, 0.3), config)
+    retain(tmp_path, scored(tmp_path, 10, 0.9, measured_at=8), config)
+    retain(tmp_path, save(tmp_path, 15), config)
+    assert kept(tmp_path) == [5, 15]
+
+
+def test_every_nth_is_kept_for_good(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20, 25):
+        retain(tmp_path, save(tmp_path, step), CheckpointConfig(keep=1, keep_every=10))
+    assert kept(tmp_path) == [10, 20, 25]
+
+
+def test_a_damaged_checkpoint_set_aside_takes_no_place(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    aside = set_aside(save(tmp_path, 10))
+    assert aside.name == "damaged-step-00000010" and aside.is_dir()
+    assert open_checkpoint(tmp_path)[0].state.step == 5
+    set_aside(save(tmp_path, 10))  # once more
+    retain(tmp_path, save(tmp_path, 15), CheckpointConfig(keep=2))
+    assert names(tmp_path) == ["damaged-step-00000010", "latest", "step-00000005", "step-00000015"]
 
 
 def test_a_damaged_newer_checkpoint_does_not_crowd_out_whole_ones(tmp_path: Path) -> None:
@@ -237,8 +305,7 @@ def test_a_damaged_newer_checkpoint_does_not_crowd_out_whole_ones(tmp_path: Path
     save(tmp_path, 5)
     for step in (10, 15):
         flip(save(tmp_path, step) / "probe.safetensors")
-    save(tmp_path, 7)
-    retain(tmp_path, 1)
+    retain(tmp_path, save(tmp_path, 7), CheckpointConfig(keep=1))
     found, damages = open_checkpoint(tmp_path)
     assert found.state.step == 7
     assert len(damages) == 2
@@ -250,7 +317,7 @@ def test_a_copy_kept_beside_a_checkpoint_is_neither_opened_nor_removed(tmp_path:
         save(tmp_path, step)
     checkpoints = tmp_path / "checkpoints"
     shutil.copytree(checkpoints / "step-00000005", checkpoints / "step-00000005.mine")
-    retain(tmp_path, 1)
+    retain(tmp_path, checkpoints / "step-00000010", CheckpointConfig(keep=1))
     assert names(tmp_path) == ["latest", "step-00000005.mine", "step-00000010"]
     flip(checkpoints / "step-00000010" / "probe.safetensors")
     with pytest.raises(UserError, match="no whole checkpoint"):

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from committing import commit_folder
 from safetensors.torch import load_file, save_file
 from tiny_models import DESCRIPTION, tiny_network
 
-from fcn_dist.checkpoints.store import CheckpointState, commit, prepare
+from fcn_dist.checkpoints.commit import prepare
+from fcn_dist.checkpoints.store import CheckpointState
 from fcn_dist.commands import convert as command
 from fcn_dist.commands.entry import run_script
 from fcn_dist.deploy.convert import convert
@@ -48,14 +50,13 @@ def save_run(
     model = tiny_network(seed=seed)
     model.get_parameter("fc7.bias").data[3] = bias
     folder = prepare(run_dir, step)
-    (folder / "deepspeed").mkdir()
     content = {"module": model.state_dict(), "optimizer": None, "dp_world_size": 1, "ds_version": "0.19.8"}
     torch.save(content, folder / "deepspeed" / "mp_rank_00_model_states.pt")
     with torch.inference_mode():
         probe = {"image": IMAGE, "scores": model(IMAGE, coarse=True).contiguous()}
     if changed := edit_probe(probe):
         save_file(changed, folder / "probe.safetensors", {"device": "cpu"})
-    commit(run_dir, replace(state, step=step))
+    commit_folder(folder, replace(state, step=step))
     return model
 
 

@@ -1,24 +1,26 @@
-"""Checkpoints on disk: a folder written by all ranks in, a committed checkpoint out. Knows files, not engines.
+"""Checkpoints on disk, and how they are read: the newest whole one of a run, and why newer ones were passed over.
 
 checkpoints/
-    step-00000500/          exists only once whole
-        deepspeed/...       DeepSpeed's own files
-        probe.safetensors   an image and the scores the training engine gave it
-        manifest.json       every file with size and SHA-256, and what the checkpoint is
-    latest                  the name of the newest, replaced atomically
-    .step-00001000.partial/ being written, or left by a crash; no reader looks at it
+    step-00000500/               exists only once whole
+        deepspeed/...            DeepSpeed's own files
+        probe.safetensors        an image and the scores the training engine gave it
+        manifest.json            every file with size and SHA-256, and what the checkpoint is
+    latest                       the name of the newest, replaced atomically; no reader depends on it
+    .step-00001000.1f2e.partial/ being written, or left by a crash; no reader looks at it
+    damaged-step-00000750/       passed over when the run was continued
 """
 
 import hashlib
 import json
 import re
-import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fcn_dist.errors import UserError
-from fcn_dist.files import sha256, sync, write_text
+from fcn_dist.files import sha256
 
 MANIFEST_NAME = "manifest.json"
 DEEPSPEED_TAG = "deepspeed"
@@ -26,6 +28,7 @@ PROBE_NAME = "probe.safetensors"
 LATEST_NAME = "latest"
 STEP_NAME = re.compile(r"step-\d{8,}")  # and not a copy that someone keeps beside it
 FORMAT_VERSION = 1
+HASHING_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -70,54 +73,15 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def partial_dir(run_dir: Path, step: int) -> Path:
-    """Where the ranks write before the commit."""
-    return checkpoints_dir(run_dir) / f".{step_name(step)}.partial"
+def step_of(folder: Path) -> int:
+    """The step of a committed checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
 
 
-def prepare(run_dir: Path, step: int) -> Path:
-    """An empty folder for the ranks to write to; what a crash left there is removed. One rank calls this."""
-    folder = partial_dir(run_dir, step)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
-
-
-def commit(run_dir: Path, state: CheckpointState) -> Path:
-    """Make the partial folder of `state.step` the newest checkpoint. One rank calls this, after all have written.
-
-    The manifest goes in last, everything is flushed, and the folder is renamed before `latest` points to it.
-    """
-    folder = partial_dir(run_dir, state.step)
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        sync(path)
-        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
-    # Through JSON first, so that the digest is of what a reader will find: a tuple is then a list.
-    manifest = json.loads(json.dumps({"format_version": FORMAT_VERSION, "state": asdict(state), "files": files}))
-    write_text(folder / MANIFEST_NAME, json.dumps({**manifest, "digest": _digest(manifest)}, indent=1))
-    for path in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
-        sync(path)
-    target = checkpoints_dir(run_dir) / step_name(state.step)
-    if target.exists():
-        # The same step saved again, after resuming from an older one: what is there would block the rename.
-        shutil.rmtree(target)
-    folder.rename(target)
-    sync(target.parent)
-    write_text(target.parent / LATEST_NAME, target.name + "\n")
-    return target
-
-
-def retain(run_dir: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints up to `latest`, oldest first.
-
-    What is newer than `latest` was damaged when the run continued from before it: it must not crowd out whole ones.
-    """
-    folder = checkpoints_dir(run_dir)
-    latest = _step(folder / (folder / LATEST_NAME).read_text().strip())
-    committed = [one for one in _committed(run_dir) if _step(one) <= latest]
-    for old in reversed(committed[keep:]):
-        shutil.rmtree(old)
+def committed(run_dir: Path) -> list[Path]:
+    """Folders of committed checkpoints, newest first; damaged ones among them."""
+    folders = (path for path in checkpoints_dir(run_dir).glob("step-*") if STEP_NAME.fullmatch(path.name))
+    return sorted(folders, key=step_of, reverse=True)
 
 
 def open_checkpoint(run_dir: Path, step: int | None = None) -> tuple[Checkpoint, list[Damage]]:
@@ -127,7 +91,7 @@ def open_checkpoint(run_dir: Path, step: int | None = None) -> tuple[Checkpoint,
     """
     if not run_dir.is_dir():
         raise UserError(f"no run folder {run_dir}; give the folder that launch/train.py wrote with --output")
-    folders = _committed(run_dir)
+    folders = committed(run_dir)
     if step is not None:
         steps = [folder.name for folder in folders]
         folders = [folder for folder in folders if folder.name == step_name(step)]
@@ -145,14 +109,28 @@ def open_checkpoint(run_dir: Path, step: int | None = None) -> tuple[Checkpoint,
     raise UserError(f"{run_dir} has no whole checkpoint ({reasons}); restore one from a copy")
 
 
-def _committed(run_dir: Path) -> list[Path]:
-    """Folders of committed checkpoints, newest first."""
-    folders = (path for path in checkpoints_dir(run_dir).glob("step-*") if STEP_NAME.fullmatch(path.name))
-    return sorted(folders, key=_step, reverse=True)
+def manifest_text(state: CheckpointState, files: Mapping[str, Mapping[str, Any]]) -> str:
+    """What stands in manifest.json: `files` has size and SHA-256 by the path within the checkpoint."""
+    # Through JSON first, so that the digest is of what a reader will find: a tuple is then a list.
+    manifest = json.loads(json.dumps({"format_version": FORMAT_VERSION, "state": asdict(state), "files": files}))
+    return json.dumps({**manifest, "digest": _digest(manifest)}, indent=1)
 
 
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
+def read_state(folder: Path) -> CheckpointState:
+    """What a checkpoint's manifest says it is; its files are not looked at.
+
+    Raises OSError, KeyError, TypeError or ValueError if the manifest is not as it was written.
+    """
+    return CheckpointState(**_read_manifest(folder)["state"])
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"format version {manifest['format_version']}, {FORMAT_VERSION} is needed")
+    if manifest["digest"] != _digest(manifest):
+        raise ValueError(f"{MANIFEST_NAME} differs from its own digest")
+    return dict(manifest)
 
 
 def _digest(manifest: dict[str, Any]) -> str:
@@ -163,17 +141,20 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 def _read_whole(folder: Path) -> CheckpointState:
     """The state of a checkpoint whose files are all as its manifest says; any error names what is not."""
-    manifest = json.loads((folder / MANIFEST_NAME).read_text())
-    if manifest["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"format version {manifest['format_version']}, {FORMAT_VERSION} is needed")
-    if manifest["digest"] != _digest(manifest):
-        raise ValueError(f"{MANIFEST_NAME} differs from its own digest")
-    for name, record in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{name} is missing")
-        if path.stat().st_size != record["size"]:
-            raise ValueError(f"{name} has {path.stat().st_size} bytes, {record['size']} are needed")
-        if sha256(path) != record["sha256"]:
-            raise ValueError(f"{name} differs from its SHA-256 in the manifest")
+    manifest = _read_manifest(folder)
+    records = manifest["files"].items()
+    with ThreadPoolExecutor(min(HASHING_THREADS, len(records) or 1)) as pool:
+        for problem in pool.map(lambda item: _problem(folder, *item), records):
+            if problem:
+                raise ValueError(problem)
     return CheckpointState(**manifest["state"])
+
+
+def _problem(folder: Path, name: str, record: dict[str, Any]) -> str:
+    """What is wrong with a file; empty if nothing is."""
+    path = folder / name
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != record["size"]:
+        return f"{name} has {path.stat().st_size} bytes, {record['size']} are needed"
+    return "" if sha256(path) == record["sha256"] else f"{name} differs from its SHA-256 in the manifest"

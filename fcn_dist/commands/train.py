@@ -5,8 +5,9 @@ from pathlib import Path
 
 from fcn_dist.config import Recipe, load_recipe, recipe_from_dict
 from fcn_dist.training.deepspeed_config import read_deepspeed_config
+from fcn_dist.training.entry import Start
 from fcn_dist.training.run import RunConfig, train
-from fcn_dist.training.runfolder import read_run_record
+from fcn_dist.training.runfolder import RUN_NAME, read_run_record
 
 
 def main(argv: list[str]) -> None:
@@ -17,23 +18,29 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--recipe", type=Path, help="YAML, such as launch/recipes/sceneparsing.yaml")
     parser.add_argument("--deepspeed_config", type=Path, help="JSON, such as launch/zero/zero2_bf16.json")
     parser.add_argument("--steps", type=int, help="steps of the whole run, in place of the recipe's steps or epochs")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --output, as it began unless told")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="continue the run in --output, as it began unless told")
+    start.add_argument(
+        "--auto-resume", action="store_true", help="continue the run in --output if it has begun, else begin it"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a recipe value"
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     options = parser.parse_args(argv)
-    recipe = _recipe(options)
+    begun = options.resume or (options.auto_resume and (options.output / RUN_NAME).exists())
+    recipe = _recipe(options, begun)
     deepspeed = read_deepspeed_config(options.deepspeed_config)
-    if options.resume and options.deepspeed_config is None:
+    if begun and options.deepspeed_config is None:
         deepspeed = read_run_record(options.output).deepspeed
-    train(RunConfig(options.shards, options.output, recipe, deepspeed, options.resume))
+    start_from = Start.RESUME if options.resume else Start.AUTO if options.auto_resume else Start.NEW
+    train(RunConfig(options.shards, options.output, recipe, deepspeed, start_from))
 
 
-def _recipe(options: argparse.Namespace) -> Recipe:
+def _recipe(options: argparse.Namespace, begun: bool) -> Recipe:
     overrides = list(options.overrides)
     if options.steps is not None:
         overrides += [f"schedule.steps={options.steps}", "schedule.epochs=null"]
-    if options.resume and options.recipe is None:
+    if begun and options.recipe is None:
         return recipe_from_dict(read_run_record(options.output).recipe, f"{options.output}/run.json", overrides)
     return load_recipe(options.recipe, overrides)

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from fcn_dist.config import DataConfig
 from fcn_dist.data.crops import BadSample, CropReader, read_arrays
 from fcn_dist.data.handoff import Place, Slots
+from fcn_dist.data.loadersignals import leave_stopping_to_the_parent
 from fcn_dist.data.members import member_key
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.stream import SampleStream
@@ -163,6 +164,7 @@ def _worker() -> tuple[int, int]:
 
 
 def _start_worker(_: int) -> None:
+    leave_stopping_to_the_parent()
     # One thread each: OpenCV's pool does not survive a fork, and the processes are the parallelism.
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

@@ -83,6 +83,14 @@ def sum_over_ranks(values: Tensor, rank: Rank) -> Tensor:
     return values
 
 
+def of_all_ranks(value: T, rank: Rank) -> list[T]:
+    """The values of all ranks, by rank."""
+    values = [value] * rank.world_size
+    if rank.world_size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def barrier(rank: Rank) -> None:
     """Wait for all ranks."""
     if rank.world_size > 1:

@@ -5,7 +5,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 from fcn_dist.checkpoints.store import DEEPSPEED_TAG, PROBE_NAME, Checkpoint
@@ -13,6 +13,7 @@ from fcn_dist.errors import UserError
 from fcn_dist.model.fcn import FCN
 from fcn_dist.training.deepspeed_config import EngineConfig
 from fcn_dist.training.schedule import ParameterGroup
+from fcn_dist.training.snapshot import Snapshots
 
 Engine = Any  # deepspeed.DeepSpeedEngine, which is not typed
 
@@ -37,6 +38,8 @@ def build_engine(model: FCN, config: EngineConfig, groups: list[ParameterGroup])
         raise UserError(f"{config.precision} cannot be trained here: {error}; enable bf16 in its place") from error
     if config.zero_stage == 0:
         _forget_warm_up(engine)
+    engine.checkpoint_engine = Snapshots()
+    engine._copy_recovery_script = lambda _: None  # its converter; a checkpoint holds data only
     return engine
 
 
@@ -72,9 +75,13 @@ def probe_image() -> Tensor:
     return smooth.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def write_state(engine: Engine, folder: Path, is_first_rank: bool) -> None:
-    """Write this rank's share of the engine's state to `folder`. All ranks call it."""
+def take_state(engine: Engine, folder: Path, is_first_rank: bool) -> dict[Path, Any]:
+    """This rank's share of the engine's state: the files that it writes to `folder`, and what belongs into each.
+
+    The contents are copies on the host. All ranks call it.
+    """
     engine.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, save_latest=False)
+    files: dict[Path, Any] = dict(engine.checkpoint_engine.files)
     engine.eval()
     image = probe_image()
     # Under ZeRO-3 every rank takes part in a forward, and the weights it gathers are used again in training: no_grad,
@@ -83,10 +90,9 @@ def write_state(engine: Engine, folder: Path, is_first_rank: bool) -> None:
         scores = engine(image.to(engine.device), coarse=True)
     engine.train()
     if is_first_rank:
-        for script in folder.glob("*.py"):
-            script.unlink()  # DeepSpeed drops its converter beside its files; a checkpoint holds data only
         tensors = {"image": image, "scores": scores.float().cpu().contiguous()}
-        save_file(tensors, folder / PROBE_NAME, metadata={"device": engine.device.type})
+        files[folder / PROBE_NAME] = serialize(tensors, metadata={"device": engine.device.type})
+    return files
 
 
 def read_state(engine: Engine, config: EngineConfig, checkpoint: Checkpoint) -> None:

@@ -1,7 +1,7 @@
 """The data of a step: a loader's micro-batches in, and what all ranks agree on about them out.
 
 A loader that fails on one rank would leave the others waiting in their next collective. So each step begins with one
-sum over the ranks that says whether all have their data.
+sum over the ranks that says whether all have their data, and whether one of them has been asked to stop.
 """
 
 from collections.abc import Iterator
@@ -16,6 +16,15 @@ from fcn_dist.ranks import Rank
 from fcn_dist.scoring.agreement import raise_together
 from fcn_dist.training.bad_samples import BadSamples
 from fcn_dist.training.collective import sum_over_ranks
+from fcn_dist.training.stop import StopRequest
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks know of a step before they train it."""
+
+    labelled: int  # pixels of the global batch, at least 1
+    stop: bool  # a rank has been asked to stop: the step is not to be trained
 
 
 @dataclass
@@ -27,6 +36,7 @@ class Intake:
     rank: Rank
     device: torch.device
     bad_samples: BadSamples
+    stop: StopRequest
     _failure: UserError | None = None
 
     def take(self) -> list[Batch]:
@@ -38,17 +48,19 @@ class Intake:
             self._failure = error
         return micro_batches
 
-    def agree(self, done: int, micro_batches: list[Batch]) -> int:
-        """The labelled pixels of the global batch that ends step `done`, at least 1. All ranks call it.
+    def agree(self, done: int, micro_batches: list[Batch]) -> Agreement:
+        """What the ranks agree on about the global batch that ends step `done`. All ranks call it.
 
         Raises UserError, on all ranks alike, if a rank's loader failed, or damaged samples exceed their budget.
         """
         labelled = sum(batch.labelled for batch in micro_batches)
         found = [bad for batch in micro_batches for bad in batch.bad_samples]
-        counts = torch.tensor([labelled, len(found), int(self._failure is not None)], device=self.device)
-        total, damaged, failed = sum_over_ranks(counts, self.rank).tolist()
+        counts = [labelled, len(found), int(self._failure is not None), int(bool(self.stop.reason))]
+        total, damaged, failed, stop = sum_over_ranks(torch.tensor(counts, device=self.device), self.rank).tolist()
+        if stop:  # before any failure: what ends this job may have ended a loader first
+            return Agreement(1, stop=True)
         if failed:
             raise_together(self._failure, self.rank)
         if damaged:
             self.bad_samples.add(done, found)
-        return max(1, int(total))
+        return Agreement(max(1, int(total)), stop=False)

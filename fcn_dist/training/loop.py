@@ -7,33 +7,18 @@ from typing import Any
 
 import torch
 
-from fcn_dist.config import Recipe
-from fcn_dist.data.stream import SampleStream
 from fcn_dist.keys import key64
 from fcn_dist.model.loss import summed_cross_entropy
 from fcn_dist.progress import TrainingProgress
-from fcn_dist.ranks import Rank
 from fcn_dist.training.augment import to_device
 from fcn_dist.training.collective import sum_over_ranks
-from fcn_dist.training.deepspeed_config import EngineConfig
 from fcn_dist.training.engine import Engine, loss_scale, set_learning_rate
 from fcn_dist.training.intake import Intake
+from fcn_dist.training.job import Job
+from fcn_dist.training.keeper import Keeper
 from fcn_dist.training.runfolder import Journal
-from fcn_dist.training.schedule import ParameterGroup, learning_rate
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a run trains with; nothing in it changes from step to step."""
-
-    recipe: Recipe
-    config: EngineConfig
-    groups: list[ParameterGroup]
-    stream: SampleStream
-    stride: int  # of the network's coarse scores
-    rank: Rank
-    device: torch.device
-    steps: int  # of the whole run
+from fcn_dist.training.schedule import learning_rate
+from fcn_dist.training.scorer import Scorer
 
 
 def train_steps(
@@ -43,22 +28,25 @@ def train_steps(
     first_step: int,
     progress: TrainingProgress,
     journal: Journal | None,
-    evaluate: Callable[[int], None],
-    save: Callable[[int], None],
-) -> None:
-    """Train steps `first_step` to `job.steps`. `evaluate` and `save` are called with the steps done, when due."""
+    scorer: Scorer,
+    keeper: Keeper,
+) -> int:
+    """Train steps `first_step` to `job.steps`, or fewer if a rank is asked to stop; returns the steps done."""
     recipe, plan, seed = job.recipe, job.config.plan, job.recipe.train.seed
     meter = Meter(job.device)
+    done = first_step
     engine.train()
     for step in range(first_step, job.steps):
         with meter.waiting():
             micro_batches = intake.take()
+        agreed = intake.agree(step + 1, micro_batches)
+        if agreed.stop:
+            break
         done = step + 1
-        labelled = intake.agree(done, micro_batches)
         rate = learning_rate(recipe.schedule, job.config.learning_rate, step, job.steps)
         set_learning_rate(engine, job.groups, rate)
         # DeepSpeed averages over ranks and accumulation; the loss is a sum over labelled pixels of all of them.
-        scale = plan.world_size * plan.accumulation / labelled
+        scale = plan.world_size * plan.accumulation / agreed.labelled
         for batch in micro_batches:
             images, targets = to_device(batch, recipe.data, seed, job.device)
             dropout_keys = [key64(seed, position) for position in batch.positions]
@@ -66,7 +54,7 @@ def train_steps(
             loss = summed_cross_entropy(coarse, targets, job.stride)
             engine.backward(loss * scale)
             engine.step()
-            meter.add_loss(loss.detach() / labelled)
+            meter.add_loss(loss.detach() / agreed.labelled)
         meter.add_step()
         progress.step(done)
 
@@ -77,10 +65,12 @@ def train_steps(
                 journal.write("train", done, **figures)
         if due(done, recipe.evaluate.every, job.steps) and (done < job.steps or recipe.evaluate.at_end):
             with meter.pausing():
-                evaluate(done)
-        if due(done, recipe.checkpoint.every, job.steps):
-            with meter.pausing():
-                save(done)
+                scorer.score(done)
+        with meter.pausing():
+            keeper.advance()
+            if done < job.steps and due(done, recipe.checkpoint.every, job.steps):
+                keeper.save(done, scorer.summary)
+    return done
 
 
 def due(done: int, every: int, steps: int) -> bool:

@@ -1,14 +1,12 @@
 """A whole training run: shards, a recipe and a DeepSpeed configuration in, a run folder out."""
 
-import json
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fcn_dist.checkpoints import store as checkpoints
-from fcn_dist.checkpoints.store import Checkpoint
 from fcn_dist.config import Recipe
 from fcn_dist.data.loader import build_loader
 from fcn_dist.data.remote.cache import node_cache
@@ -16,7 +14,7 @@ from fcn_dist.data.remote.urls import is_url
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.stream import SampleStream
 from fcn_dist.data.upcoming import check_cache_limit
-from fcn_dist.errors import UserError
+from fcn_dist.errors import EXIT_REQUEUE, EarlyEnd, UserError
 from fcn_dist.keys import Purpose, key64
 from fcn_dist.model.description import ModelDescription
 from fcn_dist.model.fcn import FCN
@@ -24,28 +22,29 @@ from fcn_dist.model.preprocess import Preprocessing
 from fcn_dist.model.pretrained import load_weights, read_weights
 from fcn_dist.progress import TrainingProgress
 from fcn_dist.ranks import Rank
+from fcn_dist.scoring.agreement import raise_together
 from fcn_dist.scoring.metrics import Scores
 from fcn_dist.training.bad_samples import BadSamples
-from fcn_dist.training.collective import device, on_rank_zero, start_ranks
+from fcn_dist.training.collective import device, of_all_ranks, on_rank_zero, start_ranks
 from fcn_dist.training.deepspeed_config import EngineConfig, resolve
 from fcn_dist.training.engine import build_engine, read_state
+from fcn_dist.training.entry import Entry, Start, clear, enter
 from fcn_dist.training.intake import Intake
-from fcn_dist.training.loop import Job, train_steps
-from fcn_dist.training.periodic import Keeper, Scorer
+from fcn_dist.training.job import Job
+from fcn_dist.training.keeper import Keeper
+from fcn_dist.training.loop import train_steps
 from fcn_dist.training.runfolder import (
     TRAINING_SPLIT,
     Journal,
     RunRecord,
     command_line,
-    create_run_folder,
     environment,
-    read_run_record,
-    write_run_record,
+    refuse_foreign_folder,
 )
+from fcn_dist.training.runlock import RunLock, sees
 from fcn_dist.training.schedule import check_warmup, parameter_groups, total_steps
-
-# How samples are fetched decides nothing of which they are.
-NOT_DECISIVE = {"workers", "max_bad_samples", "cache_dir", "cache_limit", "read_ahead"}
+from fcn_dist.training.scorer import Scorer
+from fcn_dist.training.stop import StopRequest, heeding_signals
 
 
 @dataclass(frozen=True)
@@ -56,15 +55,21 @@ class RunConfig:
     output: Path  # the run folder
     recipe: Recipe
     deepspeed: dict[str, Any]  # as read, "auto" not yet resolved
-    resume: bool = False
+    start: Start = Start.NEW
 
 
 def train(config: RunConfig) -> Scores | None:
     """Train to the recipe's last step, on the ranks a launcher started or on one device.
 
     Returns the last evaluation's scores, the same on every rank; None if there was none.
-    Raises UserError for what is wrong with shards, recipe, configuration or run folder, before anything is written.
+    Raises UserError for what is wrong with shards, recipe, configuration or run folder, before anything is written;
+    EarlyEnd, on all ranks, once the state is saved, if any of them was asked to stop (see stop.py).
     """
+    with heeding_signals() as stop:
+        return _train(config, stop)
+
+
+def _train(config: RunConfig, stop: StopRequest) -> Scores | None:
     recipe = config.recipe
     shard_set, validation = open_splits(config)
     rank = Rank.from_environment()
@@ -78,11 +83,17 @@ def train(config: RunConfig) -> Scores | None:
     groups = parameter_groups(model, recipe.schedule)
     engine = build_engine(model, engine_config, groups)
     record = run_record(config, engine_config, description, shard_set, validation, steps)
-    found = on_rank_zero(rank, lambda: enter_run_folder(config, record))
-    first_step = 0
+    lock = hold_run_folder(config.output, record.command, rank)
+    entry = on_rank_zero(rank, lambda: enter(config.output, config.start, record))
+    if entry.finished:
+        if rank.index == 0:
+            print(f"{config.output} is trained to its last step, {steps}, already", flush=True)
+        return None
+    found = entry.checkpoint
+    first_step = found.state.step if found else 0
     if found:
         read_state(engine, engine_config, found)
-        first_step = found.state.step
+        on_rank_zero(rank, lambda: clear(config.output, entry))
 
     stream = SampleStream(shard_set, recipe.train.seed, window=recipe.data.window, lanes=recipe.data.lanes)
     job = Job(recipe, engine_config, groups, stream, model.stride, rank, device(rank), steps)
@@ -91,19 +102,66 @@ def train(config: RunConfig) -> Scores | None:
     batches = build_loader(shard_set, stream, engine_config.plan, recipe.data, rank.index, todo, pin)
     journal = Journal(config.output, first_step) if rank.index == 0 else None
     with TrainingProgress(steps, first_step, shown=rank.index == 0) as progress:
-        progress.say(headline(record, description, filled, first_step))
-        keeper = Keeper(config.output, job, record, engine, progress, journal)
+        progress.say(headline(record, description, filled, entry))
+        keeper = Keeper(config.output, job, record, engine, progress, journal, first_step if found else None)
         scorer = Scorer(model, engine, validation, job, progress, journal, found.state.scores if found else None)
         if journal:
             journal.write("start", first_step, world_size=rank.world_size, command=record.command)
         bad_samples = BadSamples(recipe.data.max_bad_samples, rank, progress, journal)
-        intake = Intake(batches, engine_config.plan.accumulation, rank, job.device, bad_samples)
-        train_steps(
-            job, engine, intake, first_step, progress, journal, scorer, lambda done: keeper.save(done, scorer.summary)
-        )
+        intake = Intake(batches, engine_config.plan.accumulation, rank, job.device, bad_samples, stop)
+        try:
+            done = train_steps(job, engine, intake, first_step, progress, journal, scorer, keeper)
+        except (EarlyEnd, UserError):
+            keeper.finish()  # all ranks raise these together
+            raise
+        stop.saving = True
+        keeper.close(done, scorer.summary)
         if summary := bad_samples.summary():
             progress.say(summary)
+    if lock:
+        lock.release()
+    if done < steps:
+        raise stopped(job, keeper, stop, done)
     return scorer.last
+
+
+def hold_run_folder(run_dir: Path, command: str, rank: Rank) -> RunLock | None:
+    """Lock the run folder, on rank 0, which has the lock. All ranks call it.
+
+    Raises UserError, on all ranks alike, if another job has the folder, or if a rank does not see the same one: each
+    rank writes its share of a checkpoint into it.
+    """
+    lock: list[RunLock] = []
+
+    def take() -> str:
+        refuse_foreign_folder(run_dir)
+        lock.append(RunLock(run_dir, command))
+        return lock[0].token
+
+    token = on_rank_zero(rank, take)
+    failure = None
+    if rank.index and not sees(run_dir, token):
+        failure = UserError(
+            f"rank {rank.index} on {platform.node()} does not find in {run_dir.absolute()} what rank 0 has written "
+            "there; one folder that all nodes share is needed for the run; give an --output on a shared disk"
+        )
+    raise_together(failure, rank)
+    return lock[0] if lock else None
+
+
+def stopped(job: Job, keeper: Keeper, stop: StopRequest, done: int) -> EarlyEnd:
+    """How a run ends that was asked to stop. All ranks call it."""
+    reasons = of_all_ranks(stop.reason, job.rank)
+    asked = ", ".join(f"rank {index}: {reason}" for index, reason in enumerate(reasons) if reason)
+    if keeper.last is None:
+        saved = "no step is trained, so there is nothing to save"
+    else:
+        saved = f"the checkpoint of step {keeper.last} is written"
+    return EarlyEnd(
+        f"stopped after step {done} of {job.steps} ({asked}); {saved}; continue with --resume or --auto-resume "
+        f"(exit code {EXIT_REQUEUE})",
+        EXIT_REQUEUE,
+    )
 
 
 def open_splits(config: RunConfig) -> tuple[ShardSet, ShardSet | None]:
@@ -158,53 +216,7 @@ def run_record(
     )
 
 
-def enter_run_folder(config: RunConfig, record: RunRecord) -> Checkpoint | None:
-    """Create the run folder, or find the checkpoint to continue from. Rank 0 calls this."""
-    if not config.resume:
-        create_run_folder(config.output)
-        write_run_record(config.output, record)
-        return None
-    before = read_run_record(config.output)
-    found, damages = checkpoints.open_checkpoint(config.output)
-    for damage in damages:
-        print(f"passed over {damage.dir}: {damage.reason}", flush=True)
-    refuse_another_run(before, record, config.output)
-    if found.state.step >= record.steps:
-        raise UserError(
-            f"{config.output} is trained to step {found.state.step} already, and the run has {record.steps}; more "
-            "steps are needed to continue; raise --steps"
-        )
-    return found
-
-
-def refuse_another_run(before: RunRecord, now: RunRecord, run_dir: Path) -> None:
-    """Raise UserError if what decides the samples or the network differs from what the run began with."""
-
-    def decisive(record: RunRecord) -> dict[str, Any]:
-        recipe = record.recipe
-        return {
-            **{f"data.{key}": value for key, value in recipe["data"].items() if key not in NOT_DECISIVE},
-            **{f"model.{key}": value for key, value in recipe["model"].items() if key != "weights"},
-            "train.seed": recipe["train"]["seed"],
-            "the global batch": record.global_batch,
-            "the training index's SHA-256": record.index_sha256[TRAINING_SPLIT],
-        }
-
-    # Through JSON, where run.json has been: a tuple is then a list on both sides.
-    theirs, ours = decisive(before), decisive(RunRecord(**_json_form(vars(now))))
-    for key, value in ours.items():
-        if theirs.get(key) != value:
-            raise UserError(
-                f"{key} is {value}, and {run_dir} began with {theirs.get(key)}; to continue a run it must stay the "
-                "same; change it back, or start a new run with another --output"
-            )
-
-
-def _json_form(values: dict[str, Any]) -> dict[str, Any]:
-    return dict(json.loads(json.dumps(values)))
-
-
-def headline(record: RunRecord, description: ModelDescription, filled: list[str], first_step: int) -> str:
+def headline(record: RunRecord, description: ModelDescription, filled: list[str], entry: Entry) -> str:
     """What is about to be trained, in a few lines."""
     model = description.config
     weights = f"{len(filled)} layers from {Path(str(model.weights)).name}" if filled else "random weights"
@@ -215,6 +227,7 @@ def headline(record: RunRecord, description: ModelDescription, filled: list[str]
         f"{record.world_size} ranks x micro-batch {micro_batch} x accumulation {accumulation} = global batch "
         f"{record.global_batch}; {record.steps} steps",
     ]
-    if first_step:
-        lines.append(f"continuing after step {first_step}")
+    lines += [f"passed over {damage.dir}: {damage.reason}" for damage in entry.damages]
+    if entry.checkpoint:
+        lines.append(f"continuing after step {entry.checkpoint.state.step}")
     return "\n".join(lines)

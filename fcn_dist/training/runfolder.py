@@ -15,6 +15,7 @@ from typing import Any
 import fcn_dist
 from fcn_dist.errors import UserError
 from fcn_dist.files import write_text
+from fcn_dist.training.runlock import LOCK_NAME
 
 RUN_NAME = "run.json"
 METRICS_NAME = "metrics.jsonl"
@@ -39,15 +40,12 @@ class RunRecord:
     machine: dict[str, Any]
 
 
-def create_run_folder(run_dir: Path) -> None:
-    """Make an empty run folder; raises UserError if a run is there already."""
-    if (run_dir / RUN_NAME).exists():
-        raise UserError(
-            f"{run_dir} holds a run already; a new folder is needed; give another --output, or --resume to continue it"
-        )
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+def refuse_foreign_folder(run_dir: Path) -> None:
+    """Raise UserError if `run_dir` is there and holds something else than a run."""
+    if not run_dir.exists() or (run_dir / RUN_NAME).exists():
+        return
+    if not run_dir.is_dir() or {path.name for path in run_dir.iterdir()} - {LOCK_NAME}:
         raise UserError(f"{run_dir} exists and is no run; a new or empty folder is needed; give another --output")
-    run_dir.mkdir(parents=True, exist_ok=True)
 
 
 def write_run_record(run_dir: Path, record: RunRecord) -> None:

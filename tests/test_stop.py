@@ -1,0 +1,138 @@
+"""Stopping real jobs: a signal to any of their processes, and launchers that vanish."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from jobs import ENDS_WITHIN, RunningJob, free_port, journal, running, train_command
+
+from fcn_dist.checkpoints.store import open_checkpoint
+from fcn_dist.errors import EXIT_REQUEUE
+
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+SECONDS = 150  # for what is no test of time
+
+
+def stopped_and_saved(job: RunningJob, within: float = ENDS_WITHIN) -> int:
+    """The exit code; everything trained is in a checkpoint, and no process is left."""
+    code = job.ended(within)
+    trained = [line["step"] for line in job.lines("train")]
+    found, damages = open_checkpoint(job.run)
+    assert (found.state.step, damages) == (trained[-1], []), job.output()
+    assert trained == list(range(1, trained[-1] + 1))
+    assert "fcn_dist/" not in job.output(), "a traceback"
+    return code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_process_without_a_launcher_saves_and_asks_to_be_started_again(
+    number: signal.Signals, packed: Path, tmp_path: Path
+) -> None:
+    with running(train_command(packed, tmp_path / "run"), tmp_path / "run") as job:
+        job.until_step(2)
+        job.process.send_signal(number)
+        job.process.send_signal(number)  # a second one does no harm
+        assert stopped_and_saved(job) == EXIT_REQUEUE
+    assert f"rank 0: {number.name}" in job.output() and "--resume" in job.output()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "number"), [(0, signal.SIGUSR1), (1, signal.SIGTERM)])
+def test_a_signal_to_one_rank_stops_all_at_one_step(
+    target: int, number: signal.Signals, packed: Path, tmp_path: Path
+) -> None:
+    with running(train_command(packed, tmp_path / "run", ranks=2), tmp_path / "run") as job:
+        job.until_step(2)
+        job.ranks()[target].send_signal(number)
+        assert stopped_and_saved(job) == EXIT_REQUEUE
+    assert f"rank {target}: {number.name}" in job.output()
+    assert job.output().count("stopped after step") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_saves_although_it_reaches_the_loaders_as_well(
+    number: signal.Signals, packed: Path, tmp_path: Path
+) -> None:
+    with running(train_command(packed, tmp_path / "run", ranks=2), tmp_path / "run") as job:
+        job.until_step(2)
+        os.killpg(job.process.pid, number)
+        assert stopped_and_saved(job) != 0
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_loader_processes_alone_is_passed_over(packed: Path, tmp_path: Path) -> None:
+    with running(train_command(packed, tmp_path / "run", "--steps", "60"), tmp_path / "run") as job:
+        job.until_step(2)
+        (rank,) = job.ranks()
+        (loader,) = rank.children()
+        for number in SIGNALS:
+            loader.send_signal(number)
+        assert job.ended() == 0
+    assert [line["step"] for line in journal(job.run, "train")] == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_deepspeeds_launcher_child_passes_sigterm_on_and_the_state_is_saved(packed: Path, tmp_path: Path) -> None:
+    """It signals the ranks one after another, the loaders of a rank before the rank."""
+    with running(train_command(packed, tmp_path / "run", ranks=2), tmp_path / "run") as job:
+        job.until_step(2)
+        job.launcher().terminate()
+        assert stopped_and_saved(job) == 1  # its own code, whatever the ranks' is
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL])
+@pytest.mark.parametrize("target", ["command", "launcher"])
+def test_ranks_whose_launcher_vanishes_save_and_end(
+    target: str, number: signal.Signals, packed: Path, tmp_path: Path
+) -> None:
+    if (target, number) == ("launcher", signal.SIGTERM):
+        pytest.skip("it is passed on, as the test above sees")
+    with running(train_command(packed, tmp_path / "run", ranks=2), tmp_path / "run") as job:
+        job.until_step(2)
+        (job.process if target == "command" else job.launcher()).send_signal(number)
+        code = stopped_and_saved(job)
+    assert "the launcher has vanished" in job.output()
+    # DeepSpeed's command says 0 when its child was killed: what `fcn-dist train` is for.
+    assert code == (-number if target == "command" else 0)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_others_and_leaves_what_was_committed(packed: Path, tmp_path: Path) -> None:
+    command = train_command(packed, tmp_path / "run", "--set", "checkpoint.every=2", ranks=2)
+    with running(command, tmp_path / "run") as job:
+        job.until(lambda: bool(job.lines("checkpoint")))
+        job.ranks()[1].kill()
+        assert job.ended() != 0
+        assert open_checkpoint(job.run)[0].state.step >= 2
+
+
+@pytest.mark.slow
+def test_torchrun_signals_all_ranks_at_once(packed: Path, tmp_path: Path) -> None:
+    python = train_command(packed, tmp_path / "run")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+    with running([*torchrun, str(free_port()), *python[2:]], tmp_path / "run") as job:
+        job.until_step(2)
+        job.process.terminate()
+        assert stopped_and_saved(job) != 0
+
+
+@pytest.mark.slow
+def test_a_stop_before_the_first_step_saves_nothing_and_the_same_command_begins(packed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = train_command(packed, run, "--auto-resume", "--steps", "3")
+    with running(command, run) as job:
+        job.until(lambda: (run / ".lock").exists())
+        job.process.terminate()
+        assert job.ended() == EXIT_REQUEUE, job.output()
+    assert "nothing to save" in job.output()
+    with running(command, run) as job:
+        assert job.ended() == 0, job.output()
+    assert [line["step"] for line in journal(run, "train")] == [1, 2, 3]
+    with running(command, run) as job:  # requeued once more: nothing is left to do
+        assert job.ended() == 0
+    assert "trained to its last step, 3, already" in job.output()
