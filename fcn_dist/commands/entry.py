@@ -49,8 +49,14 @@ def main() -> int:
 
 
 def _run(command: Callable[[], None]) -> int:
-    code = run_command(command)
-    leave_outcome(code)
+    code = 1  # of a bug, whose traceback Python prints
+    try:
+        code = run_command(command)
+    except SystemExit as end:  # of the parser
+        code = end.code if isinstance(end.code, int) else 1
+        raise
+    finally:
+        leave_outcome(code)
     return code
 
 
