@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +57,8 @@ def supervise(launch: Launch) -> int:
 
     Raises UserError before anything is started if a host does not answer or arguments cannot be taken there.
     """
-    with Signals() as signals, tempfile.TemporaryDirectory(prefix="fcn-dist-") as folder:
+    private = tempfile.TemporaryDirectory(prefix="fcn-dist-") if launch.hosts else nullcontext("")
+    with Signals() as signals, private as folder:
         return Supervisor(launch, signals, Path(folder)).run()
 
 
@@ -65,7 +66,7 @@ class Supervisor:
     """One job; `run` is its story."""
 
     def __init__(self, launch: Launch, signals: Signals, folder: Path) -> None:
-        """`folder` is private and takes what the runner reads."""
+        """`folder` is private and takes what the runner of several hosts reads."""
         self.launch, self.signals, self.folder = launch, signals, folder
         self.job = Path("/tmp") / f"fcn-dist-{secrets.token_hex(8)}"  # on every host alike
         self.nodes: list[Node] = []
