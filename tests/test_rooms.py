@@ -38,7 +38,8 @@ ROOMS = {
     "training": room("data model scoring checkpoints", "deepspeed torch safetensors numpy tensorboard"),
     "deploy": room("data model scoring checkpoints training", "torch safetensors numpy cv2 PIL onnx"),
     "reporting": room("data scoring checkpoints training deploy", "numpy cv2 PIL matplotlib tensorboard"),
-    "commands": room("data model scoring checkpoints training deploy reporting", "torch numpy cv2 PIL"),
+    "launching": room("", ""),
+    "commands": room("data model scoring checkpoints training deploy reporting launching", "torch numpy cv2 PIL"),
 }
 # What single modules may import beyond their room's list, and those that may import less.
 ALSO = {"fcn_dist.data.loader": {"torch"}, "fcn_dist.data.handoff": {"torch"}, "fcn_dist.deploy.convert": {"deepspeed"}}

@@ -1,12 +1,13 @@
 """`fcn-dist COMMAND ...`: every script as a subcommand of the installed package."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 import fcn_dist
 from fcn_dist.console import run_command
 from fcn_dist.errors import UserError
+from fcn_dist.outcome import leave_outcome
 
 COMMANDS = {
     "download": "fetch the benchmark's scenes",
@@ -15,17 +16,20 @@ COMMANDS = {
     "verify": "check a shard set against its index",
     "describe": "print what a shard set holds",
     "synthesize": "render synthetic scenes",
-    "train": "train on this process's ranks (start it with a launcher for more than one)",
+    "train": "train on one device, all devices of this host, or several hosts",
     "evaluate": "score a run or a model file on a shard set",
     "convert": "turn a run's checkpoint into one model file",
     "predict": "label images with a model file",
 }
 
+# The script launch/train.py is always a rank; the command starts as many as are asked for.
+FRONTS = {"train": "supervise"}
+
 
 def run_script(name: str, argv: Sequence[str] | None = None) -> int:
     """Run command `name` with the given arguments (those of the process if None); returns its exit code."""
     module = import_module(f"fcn_dist.commands.{name}")
-    return run_command(lambda: module.main(sys.argv[1:] if argv is None else list(argv)))
+    return _run(lambda: module.main(sys.argv[1:] if argv is None else list(argv)))
 
 
 def main() -> int:
@@ -41,7 +45,19 @@ def main() -> int:
     if arguments[0] == "--version":
         print(fcn_dist.__version__)
         return 0
-    return run_command(lambda: _dispatch(arguments))
+    return _run(lambda: _dispatch(arguments))
+
+
+def _run(command: Callable[[], None]) -> int:
+    code = 1  # of a bug, whose traceback Python prints
+    try:
+        code = run_command(command)
+    except SystemExit as end:  # of the parser
+        code = end.code if isinstance(end.code, int) else 1
+        raise
+    finally:
+        leave_outcome(code)
+    return code
 
 
 def _dispatch(arguments: list[str]) -> None:
@@ -49,4 +65,4 @@ def _dispatch(arguments: list[str]) -> None:
     if name not in COMMANDS:
         raise UserError(f"no command {name!r}; one of {', '.join(COMMANDS)} is needed")
     sys.argv[0] = f"fcn-dist {name}"
-    import_module(f"fcn_dist.commands.{name}").main(rest)
+    import_module(f"fcn_dist.commands.{FRONTS.get(name, name)}").main(rest)

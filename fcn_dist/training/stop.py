@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from fcn_dist.errors import EXIT_REQUEUE
+from fcn_dist.outcome import leave_outcome
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LOOKS_EVERY = 1.0  # seconds between two looks at the launcher
@@ -73,6 +74,7 @@ def _watch_launcher(request: StopRequest, ancestors: list[int], over: threading.
     while not over.wait(ORPHAN_GRACE):
         if not request.saving:
             print("error: the launcher has vanished, and the other ranks do not answer", file=sys.stderr, flush=True)
+            leave_outcome(EXIT_REQUEUE)
             os._exit(EXIT_REQUEUE)
 
 

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import NoReturn
 
 from fcn_dist.errors import EXIT_STUCK
+from fcn_dist.outcome import leave_outcome
 from fcn_dist.ranks import Rank
 from fcn_dist.training.beats import Beat, Process, read_beat, stack_of, this_process, write_beat
 from fcn_dist.training.collective import allow_waits, on_rank_zero
@@ -181,6 +182,7 @@ class Watchdog:
         if all(own.rank < beat.rank for beat in neighbours):
             for heard in self._silent():
                 kill_later(heard.beat.process)
+        leave_outcome(EXIT_STUCK)
         os._exit(EXIT_STUCK)
 
     def _await_stacks(self) -> None:
