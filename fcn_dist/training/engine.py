@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: a network and a resolved configuration in, an engine out, and its state to and from disk."""
+"""The DeepSpeed engine: a network and a resolved configuration in, an engine out, and its state to disk."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fcn_dist.checkpoints.store import DEEPSPEED_TAG, PROBE_NAME, Checkpoint
+from fcn_dist.checkpoints.store import DEEPSPEED_TAG, PROBE_NAME
+from fcn_dist.checkpoints.zero import GROUPS_KEY
 from fcn_dist.errors import UserError
 from fcn_dist.model.fcn import FCN
 from fcn_dist.training.deepspeed_config import EngineConfig
@@ -74,7 +75,7 @@ def probe_image() -> Tensor:
 
 def write_state(engine: Engine, folder: Path, is_first_rank: bool) -> None:
     """Write this rank's share of the engine's state to `folder`. All ranks call it."""
-    engine.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, save_latest=False)
+    engine.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, client_state=_client_state(engine), save_latest=False)
     engine.eval()
     image = probe_image()
     # Under ZeRO-3 every rank takes part in a forward, and the weights it gathers are used again in training: no_grad,
@@ -89,24 +90,10 @@ def write_state(engine: Engine, folder: Path, is_first_rank: bool) -> None:
         save_file(tensors, folder / PROBE_NAME, metadata={"device": engine.device.type})
 
 
-def read_state(engine: Engine, config: EngineConfig, checkpoint: Checkpoint) -> None:
-    """Restore weights, optimizer and scaler. All ranks call it.
-
-    Raises UserError if the checkpoint was cut for other ranks, another ZeRO stage or precision.
-    """
-    saved = checkpoint.state
-    ours = {
-        "ranks": config.plan.world_size,
-        "ZeRO stage": config.zero_stage,
-        "precision": config.precision,
-    }
-    theirs = {"ranks": saved.world_size, "ZeRO stage": saved.zero_stage, "precision": saved.precision}
-    for what, value in ours.items():
-        if theirs[what] != value:
-            raise UserError(
-                f"{checkpoint.dir} was written with {what} {theirs[what]}, and this run has {value}; the same is "
-                "needed to continue; start with the same, or convert the checkpoint and train from its weights"
-            )
-    path, _ = engine.load_checkpoint(str(checkpoint.dir), tag=DEEPSPEED_TAG)
-    if path is None:
-        raise RuntimeError(f"DeepSpeed did not load {checkpoint.dir}, whose files are whole")
+def _client_state(engine: Engine) -> dict[str, Any]:
+    """What DeepSpeed's files leave out: under stage 0, which parameters are in which of the optimizer's groups."""
+    if engine.zero_optimization():
+        return {}
+    in_16_bits = getattr(engine.optimizer, "fp16_groups", None)
+    groups = in_16_bits or [options["params"] for options in engine.optimizer.param_groups]
+    return {GROUPS_KEY: [[engine.param_names[parameter] for parameter in group] for group in groups]}

@@ -23,15 +23,16 @@ from fcn_dist.model.fcn import FCN
 from fcn_dist.model.preprocess import Preprocessing
 from fcn_dist.model.pretrained import load_weights, read_weights
 from fcn_dist.progress import TrainingProgress
-from fcn_dist.ranks import Rank
+from fcn_dist.ranks import BatchPlan, Rank
 from fcn_dist.scoring.metrics import Scores
 from fcn_dist.training.bad_samples import BadSamples
 from fcn_dist.training.collective import device, on_rank_zero, start_ranks
-from fcn_dist.training.deepspeed_config import EngineConfig, resolve
-from fcn_dist.training.engine import build_engine, read_state
+from fcn_dist.training.deepspeed_config import BATCH_KEYS, EngineConfig, resolve
+from fcn_dist.training.engine import build_engine
 from fcn_dist.training.intake import Intake
 from fcn_dist.training.loop import Job, train_steps
 from fcn_dist.training.periodic import Keeper, Scorer
+from fcn_dist.training.restore import change_of_cut, read_state
 from fcn_dist.training.runfolder import (
     TRAINING_SPLIT,
     Journal,
@@ -68,7 +69,8 @@ def train(config: RunConfig) -> Scores | None:
     recipe = config.recipe
     shard_set, validation = open_splits(config)
     rank = Rank.from_environment()
-    engine_config = resolve(config.deepspeed, recipe, rank.world_size)
+    begun = cut_of(read_run_record(config.output)) if config.resume else None
+    engine_config = resolve(config.deepspeed, recipe, rank.world_size, begun)
     steps = total_steps(recipe.schedule, len(shard_set), engine_config.plan.global_batch)
     check_warmup(recipe.schedule, steps)
     check_cache_limit(shard_set, engine_config.plan, recipe.data, rank)
@@ -81,8 +83,9 @@ def train(config: RunConfig) -> Scores | None:
     found = on_rank_zero(rank, lambda: enter_run_folder(config, record))
     first_step = 0
     if found:
-        read_state(engine, engine_config, found)
+        read_state(engine, engine_config, found, rank)
         first_step = found.state.step
+        assert found.state.position == first_step * engine_config.plan.global_batch
 
     stream = SampleStream(shard_set, recipe.train.seed, window=recipe.data.window, lanes=recipe.data.lanes)
     job = Job(recipe, engine_config, groups, stream, model.stride, rank, device(rank), steps)
@@ -92,6 +95,8 @@ def train(config: RunConfig) -> Scores | None:
     journal = Journal(config.output, first_step) if rank.index == 0 else None
     with TrainingProgress(steps, first_step, shown=rank.index == 0) as progress:
         progress.say(headline(record, description, filled, first_step))
+        if found and (change := change_of_cut(found.state, engine_config)):
+            progress.say(change)
         keeper = Keeper(config.output, job, record, engine, progress, journal)
         scorer = Scorer(model, engine, validation, job, progress, journal, found.state.scores if found else None)
         if journal:
@@ -177,6 +182,12 @@ def enter_run_folder(config: RunConfig, record: RunRecord) -> Checkpoint | None:
     return found
 
 
+def cut_of(record: RunRecord) -> BatchPlan:
+    """How the global batch of a run is cut, lanes apart."""
+    micro_batch, accumulation = (record.deepspeed[key] for key in BATCH_KEYS[1:])
+    return BatchPlan(record.global_batch, micro_batch, accumulation, record.world_size)
+
+
 def refuse_another_run(before: RunRecord, now: RunRecord, run_dir: Path) -> None:
     """Raise UserError if what decides the samples or the network differs from what the run began with."""
 
@@ -208,12 +219,14 @@ def headline(record: RunRecord, description: ModelDescription, filled: list[str]
     """What is about to be trained, in a few lines."""
     model = description.config
     weights = f"{len(filled)} layers from {Path(str(model.weights)).name}" if filled else "random weights"
-    plan = {key: record.deepspeed[key] for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")}
-    micro_batch, accumulation = plan.values()
+    cut = cut_of(record)
+    sizes = (
+        f"{cut.micro_batch}" if cut.nominal_batch == cut.global_batch else f"{cut.micro_batch - 1} or {cut.micro_batch}"
+    )
     lines = [
         f"{model.variant} on {model.backbone} (width {model.width:g}), {len(description.classes)} classes, {weights}",
-        f"{record.world_size} ranks x micro-batch {micro_batch} x accumulation {accumulation} = global batch "
-        f"{record.global_batch}; {record.steps} steps",
+        f"{cut.world_size} ranks x micro-batch {sizes} x accumulation {cut.accumulation} = global batch "
+        f"{cut.global_batch}; {record.steps} steps",
     ]
     if first_step:
         lines.append(f"continuing after step {first_step}")
