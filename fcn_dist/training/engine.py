@@ -62,7 +62,8 @@ def set_learning_rate(engine: Engine, groups: list[ParameterGroup], rate: float)
 
 def loss_scale(engine: Engine) -> float | None:
     """The dynamic loss scale of fp16, None in other precisions."""
-    return float(engine.loss_scale()) if engine.fp16_enabled() else None
+    # The engine's own loss_scale() is the configured one: 0 for a dynamic scale.
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
 
 
 def probe_image() -> Tensor:
