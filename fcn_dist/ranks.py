@@ -42,7 +42,7 @@ def cores_of(rank: Rank) -> int:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How one global batch is cut: world_size ranks x accumulation x micro_batch samples.
+    """How one global batch is cut: into world_size ranks x accumulation micro-batches, their sizes equal or one apart.
 
     Step k trains positions [k * global_batch, (k + 1) * global_batch). Sorted by lane (position mod `lanes`), rank r
     owns a contiguous run of them, and that run is cut into `accumulation` micro-batches in order. So neighbouring
@@ -51,32 +51,47 @@ class BatchPlan:
     """
 
     global_batch: int
-    micro_batch: int
+    micro_batch: int  # the largest
     accumulation: int
     world_size: int
     lanes: int = 1
 
     def __post_init__(self) -> None:
-        assert self.micro_batch * self.accumulation * self.world_size == self.global_batch
+        assert self.chunks <= self.global_batch
+        assert self.micro_batch == -(-self.global_batch // self.chunks)
         if self.global_batch % self.lanes:
             raise UserError(
                 f"data.lanes {self.lanes} does not divide the global batch {self.global_batch}, so that lanes would "
                 "run dry at different times; choose a global batch that is a multiple of it, or other lanes"
             )
 
+    @property
+    def chunks(self) -> int:
+        """Micro-batches of a global batch, over all ranks."""
+        return self.world_size * self.accumulation
+
+    @property
+    def nominal_batch(self) -> int:
+        """The global batch, were all micro-batches as large as the largest: what DeepSpeed is told.
+
+        It only averages over ranks and accumulation with it, whatever the number of images in each.
+        """
+        return self.micro_batch * self.chunks
+
     def positions(self, rank: int, micro_step: int) -> tuple[int, ...]:
         """Stream positions of the micro-batch that `rank` trains as its `micro_step`-th since step 0."""
         step, part = divmod(micro_step, self.accumulation)
-        first = (rank * self.accumulation + part) * self.micro_batch
+        chunk = rank * self.accumulation + part
+        first, last = (place * self.global_batch // self.chunks for place in (chunk, chunk + 1))
         of_a_lane = self.global_batch // self.lanes
-        places = (divmod(place, of_a_lane) for place in range(first, first + self.micro_batch))
+        places = (divmod(place, of_a_lane) for place in range(first, last))
         return tuple(step * self.global_batch + row * self.lanes + lane for lane, row in places)
 
 
 def plan_batches(
     global_batch: int | None, micro_batch: int | None, accumulation: int | None, world_size: int
 ) -> BatchPlan:
-    """Resolve the batch sizes from those given; None means "auto".
+    """Resolve the batch sizes of a new run from those given; None means "auto".
 
     Raises UserError if what is given cannot be cut evenly.
     """
@@ -107,3 +122,19 @@ def plan_batches(
             f"ranks; choose a global batch that is a multiple of {unit}, or another micro-batch"
         )
     return BatchPlan(global_batch, micro_batch, found, world_size)
+
+
+def cut_anew(global_batch: int, micro_batch: int, world_size: int, lanes: int = 1) -> BatchPlan:
+    """The cut of a global batch that is given over other ranks: micro-batches of at most `micro_batch`, as few as fit.
+
+    Raises UserError if there would be more of them than images.
+    """
+    accumulation = -(-global_batch // (micro_batch * world_size))
+    chunks = accumulation * world_size
+    if chunks > global_batch:
+        raise UserError(
+            f"the global batch {global_batch} cannot be cut for {world_size} ranks: micro-batches of at most "
+            f"{micro_batch} need accumulation {accumulation}, and some of the {chunks} micro-batches would be empty; "
+            "choose fewer ranks, or a larger train_micro_batch_size_per_gpu in --deepspeed_config"
+        )
+    return BatchPlan(global_batch, -(-global_batch // chunks), accumulation, world_size, lanes)

@@ -19,11 +19,15 @@ def run_ranks(
 
     Fails the test unless the launcher exits with `code`.
     """
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world_size)]
+    return _run([*launcher, "--master_port", free_port(), str(script), *arguments], script, folder, timeout, code)
+
+
+def free_port() -> str:
+    """A port of this machine for a launcher's --master_port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world_size)]
-    return _run([*launcher, "--master_port", port, str(script), *arguments], script, folder, timeout, code)
+        return str(probe.getsockname()[1])
 
 
 def run_alone(script: Path, arguments: Sequence[str], folder: Path, timeout: float, code: int = 0) -> str:

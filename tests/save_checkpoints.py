@@ -94,6 +94,17 @@ def configuration(precision: str, stage: int, options: list[str], world_size: in
     if "offload" in options:
         values["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         values["zero_force_ds_cpu_optimizer"] = False
+    if "dynamic" in options:
+        # Raised after every step from the third on, so that where it stands shows.
+        values["fp16"] |= {"loss_scale": 0, "initial_scale_power": 3, "loss_scale_window": 1}
+    if "roundrobin" in options:
+        values["zero_optimization"]["round_robin_gradients"] = True
+    if "aligned" in options:
+        values["zero_optimization"]["parameter_alignment"] = True
+    if "elastic" in options:
+        values["zero_optimization"]["elastic_checkpoint"] = True
+    if "sgd" in options:
+        values["optimizer"] = {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}}
     if "fused" in options:
         values["optimizer"]["params"]["torch_adam"] = False
     return resolve(values, Recipe(), world_size)

@@ -9,6 +9,7 @@ import pytest
 
 from fcn_dist.config import Recipe, load_recipe
 from fcn_dist.errors import UserError
+from fcn_dist.ranks import BatchPlan
 from fcn_dist.training.deepspeed_config import EngineConfig, read_deepspeed_config, resolve
 
 ZERO_DIR = Path(__file__).parents[1] / "launch" / "zero"
@@ -164,6 +165,33 @@ def test_a_file_that_is_missing_or_no_json_object_is_named(tmp_path: Path) -> No
     path.write_text("[1]")
     with pytest.raises(UserError, match=r"ds\.json is a list; a JSON object"):
         read_deepspeed_config(path)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "values", "cut"),
+    [
+        (2, {}, (6, 1)),  # nothing changed
+        (4, {}, (3, 1)),
+        (1, {}, (6, 2)),  # never more images at a time than the run had
+        (5, {}, (3, 1)),  # 2 or 3
+        (1, {"train_micro_batch_size_per_gpu": 3}, (3, 4)),
+        (5, {"train_micro_batch_size_per_gpu": 2}, (2, 2)),  # 1 or 2
+        (1, {"train_micro_batch_size_per_gpu": 12}, (12, 1)),  # unless told
+        (1, {"gradient_accumulation_steps": 4}, (3, 4)),
+        (1, {"gradient_accumulation_steps": 1}, (6, 2)),
+        # As run.json has them, all resolved for two ranks.
+        (3, {"train_batch_size": 12, "train_micro_batch_size_per_gpu": 6, "gradient_accumulation_steps": 1}, (4, 1)),
+    ],
+)
+@pytest.mark.parametrize("stated", ["12", "null"])
+def test_a_run_that_is_continued_is_cut_anew_where_the_sizes_do_not_fit(
+    world_size: int, values: dict[str, Any], cut: tuple[int, int], stated: str
+) -> None:
+    begun = BatchPlan(12, 6, 1, 2)
+    config = resolve({"optimizer": OPTIMIZER, **values}, recipe(f"train.global_batch={stated}"), world_size, begun)
+    assert (config.plan.micro_batch, config.plan.accumulation) == cut
+    assert config.plan.global_batch == 12
+    assert config.values["train_batch_size"] == world_size * cut[0] * cut[1]  # what DeepSpeed insists on
 
 
 SHIPPED = sorted(ZERO_DIR.glob("*.json"))

@@ -18,30 +18,30 @@ from fcn_dist.data.loader import Batch, build_loader
 from fcn_dist.data.packing.run import pack
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.stream import SampleStream
-from fcn_dist.ranks import BatchPlan
+from fcn_dist.ranks import BatchPlan, cut_anew
 
 CROP = (8, 12)
 
 
 def test_a_slot_is_free_until_as_many_batches_as_there_are_slots_are_not_copied() -> None:
     slots = Slots(workers=2, slots=3, micro_batch=2, crop=CROP)
-    assert [slots.free(Place(1, number)) for number in range(5)] == [True, True, True, False, False]
-    slots.take(Place(1, 0), pin_memory=False)
-    assert [slots.free(Place(1, number)) for number in range(5)] == [True, True, True, True, False]
-    assert not slots.free(Place(0, 3))  # of another process
+    assert [slots.free(Place(1, number, 2)) for number in range(5)] == [True, True, True, False, False]
+    slots.take(Place(1, 0, 2), pin_memory=False)
+    assert [slots.free(Place(1, number, 2)) for number in range(5)] == [True, True, True, True, False]
+    assert not slots.free(Place(0, 3, 2))  # of another process
 
 
 def test_what_is_taken_is_a_copy_and_what_a_child_writes_is_seen() -> None:
     slots = Slots(workers=1, slots=2, micro_batch=2, crop=CROP)
     child = os.fork()
     if not child:
-        images, targets = slots.arrays(Place(0, 1))
+        images, targets = slots.arrays(Place(0, 1, 2))
         images[:] = 7
         targets[:] = 9
         os._exit(0)
     os.waitpid(child, 0)
-    taken, labels = slots.take(Place(0, 1), pin_memory=False)
-    slots.arrays(Place(0, 1))[0][:] = 0
+    taken, labels = slots.take(Place(0, 1, 2), pin_memory=False)
+    slots.arrays(Place(0, 1, 2))[0][:] = 0
     assert taken.shape == (2, *CROP, 3) and (taken == 7).all()
     assert labels.shape == (2, *CROP) and (labels == 9).all()
     assert taken.dtype == labels.dtype == torch.uint8
@@ -120,8 +120,25 @@ def test_the_memory_is_given_back_with_the_last_reference() -> None:
     before = anonymous_shared_bytes()
     slots = Slots(workers=1, slots=2, micro_batch=16, crop=(512, 512))
     for number in (0, 1):
-        slots.arrays(Place(0, number))[0][:] = 1
+        slots.arrays(Place(0, number, 16))[0][:] = 1
     assert anonymous_shared_bytes() - before > 20_000_000
     del slots
     gc.collect()
     assert anonymous_shared_bytes() - before < 1_000_000
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_two_sizes_hold_together_what_one_batch_holds(shard_set: ShardSet, workers: int) -> None:
+    stream, config, steps = SampleStream(shard_set, 0), DataConfig(crop=CROP, workers=workers), 6
+    whole = build_loader(shard_set, stream, BatchPlan(7, 7, 1, 1), config, 0, range(steps))
+    plan = cut_anew(7, 2, 2)
+    ranks = [list(build_loader(shard_set, stream, plan, config, rank, range(steps))) for rank in range(2)]
+    assert {len(batch.images) for batches in ranks for batch in batches} == {1, 2}
+    for step, expected in enumerate(whole):
+        parts = [
+            batch for batches in ranks for batch in batches[step * plan.accumulation : (step + 1) * plan.accumulation]
+        ]
+        assert sum((part.positions for part in parts), ()) == expected.positions
+        assert torch.equal(torch.cat([part.images for part in parts]), expected.images)
+        assert torch.equal(torch.cat([part.targets for part in parts]), expected.targets)
+        assert sum(part.labelled for part in parts) == expected.labelled

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fcn_dist.errors import UserError
-from fcn_dist.ranks import BatchPlan, Rank, cores_of, env_int, plan_batches
+from fcn_dist.ranks import BatchPlan, Rank, cores_of, cut_anew, env_int, plan_batches
 
 small = st.integers(1, 9)
 
@@ -67,6 +67,56 @@ def test_whatever_is_left_open_is_filled_in_to_fit_what_is_given(
         (accumulation, plan.accumulation),
     ):
         assert given_size is None or given_size == found
+
+
+@given(st.integers(1, 200), small, st.integers(1, 12), st.integers(0, 10**12), st.data())
+def test_a_cut_made_anew_has_every_position_once_in_sizes_one_apart_and_as_few_parts_as_fit(
+    total: int, most: int, world_size: int, step: int, data: st.DataObject
+) -> None:
+    try:
+        plan = cut_anew(total, most, world_size)
+    except UserError as error:
+        assert -(-total // (most * world_size)) * world_size > total
+        assert f"the global batch {total} cannot be cut for {world_size} ranks" in str(error)
+        return
+    parts = [
+        plan.positions(rank, step * plan.accumulation + part)
+        for rank in range(world_size)
+        for part in range(plan.accumulation)
+    ]
+    assert [position for part in parts for position in part] == list(range(step * total, (step + 1) * total))
+    sizes = {len(part) for part in parts}
+    assert max(sizes) == plan.micro_batch <= most and max(sizes) - min(sizes) <= 1 and min(sizes) >= 1
+    assert plan.accumulation == 1 or -(-total // (world_size * (plan.accumulation - 1))) > most
+    assert (plan.nominal_batch == total) == (len(sizes) == 1)
+    lanes = data.draw(st.sampled_from([n for n in range(1, total + 1) if total % n == 0]))
+    in_lanes = cut_anew(total, most, world_size, lanes)
+    places = [
+        p for rank in range(world_size) for part in range(plan.accumulation) for p in in_lanes.positions(rank, part)
+    ]
+    assert sorted(places) == list(range(total)) and [p % lanes for p in places] == sorted(p % lanes for p in places)
+
+
+@given(small, small, small)
+def test_a_cut_made_anew_that_is_even_is_the_one_of_a_new_run(micro_batch: int, accumulation: int, ranks: int) -> None:
+    total = micro_batch * accumulation * ranks
+    assert cut_anew(total, micro_batch, ranks) == plan_batches(total, micro_batch, None, ranks)
+
+
+def test_sixteen_images_on_six_ranks() -> None:
+    plan = cut_anew(16, 2, 6)
+    assert (plan.accumulation, plan.micro_batch, plan.nominal_batch) == (2, 2, 24)
+    sizes = [[len(plan.positions(rank, part)) for part in range(2)] for rank in range(6)]
+    assert sizes == [[1, 1], [2, 1], [1, 2], [1, 1], [2, 1], [1, 2]]
+
+
+def test_more_micro_batches_than_images_are_refused_with_what_to_change() -> None:
+    with pytest.raises(
+        UserError, match=r"10 cannot be cut for 12 ranks: .* choose fewer ranks, or a larger train_micro"
+    ):
+        cut_anew(10, 5, 12)
+    with pytest.raises(UserError, match=r"micro-batches of at most 1 need accumulation 4, and some of the 12 .* empty"):
+        cut_anew(10, 1, 3)
 
 
 def test_a_micro_batch_that_does_not_divide_is_answered_with_what_would() -> None:

@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from tiny_models import DESCRIPTION
 from torch import Tensor
 
-from fcn_dist.checkpoints.masters import attribute_masters
+from fcn_dist.checkpoints.consolidate import Consolidated, consolidate
 from fcn_dist.checkpoints.restricted import load_restricted
-from fcn_dist.checkpoints.zero import Consolidated, consolidate
 from fcn_dist.deploy.convert import convert
 from fcn_dist.errors import UserError
 
@@ -161,11 +160,11 @@ def test_a_short_partition_is_an_error_that_names_the_parameter(files: Path) -> 
 
 
 def test_a_part_that_no_rank_holds_is_an_error_that_names_the_parameter(files: Path) -> None:
-    def drop(content: dict[str, Any]) -> None:
-        del content["optimizer_state_dict"]["param_slice_mappings"][2]["fc6.weight"]
+    def grow(content: dict[str, Any]) -> None:
+        content["param_shapes"][2]["score_pool3.weight"] = torch.Size((50, 8, 1, 1))
 
-    change(files / OPTIMIZER_FILE.format(1), drop)
-    with pytest.raises(UserError, match=r"fc6\.weight has \d+ elements over all ranks; 4312 are needed"):
+    change(files / MODEL_FILE, grow)
+    with pytest.raises(UserError, match=r"the parts of score_pool3\.weight are .* do not make up its 400 elements"):
         consolidated(files)
 
 
@@ -200,38 +199,7 @@ def test_a_truncated_file_is_a_clear_error(files: Path, size: int) -> None:
 
 def test_a_file_of_another_form_is_a_clear_error(files: Path) -> None:
     change(
-        files / OPTIMIZER_FILE.format(0), lambda content: content["optimizer_state_dict"].pop("param_slice_mappings")
+        files / OPTIMIZER_FILE.format(0), lambda content: content["optimizer_state_dict"].pop("base_optimizer_state")
     )
-    with pytest.raises(UserError, match=r"not what DeepSpeed 0\.19 writes \(KeyError\('param_slice_mappings'\)\)"):
+    with pytest.raises(UserError, match=r"not what DeepSpeed 0\.19 writes \(KeyError\('base_optimizer_state'\)\)"):
         consolidated(files)
-
-
-def masters_of(sizes: dict[str, int]) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
-
-
-def test_masters_without_names_are_attributed_by_their_rounded_values() -> None:
-    masters = masters_of({"a": 7, "b": 7, "frozen": 7, "c": 7})
-    weights = {name: master.bfloat16() for name, master in masters.items()}
-    groups = [torch.cat([masters["b"], masters["c"]]), masters["a"]]
-    found = attribute_masters(groups, weights)
-    assert list(found) == ["a", "b", "c"]
-    assert all(torch.equal(found[name], masters[name]) for name in found)
-
-
-def test_masters_of_equal_rounded_values_are_attributed_so_that_all_find_a_place() -> None:
-    # first and last both round to 1. Were first taken from the group that holds last, middle would have no place.
-    masters = masters_of({"first": 4, "middle": 4, "last": 4})
-    masters["first"], masters["last"] = torch.full((4,), 1 + 2**-12), torch.full((4,), 1 - 2**-12)
-    weights = {name: master.bfloat16() for name, master in masters.items()}
-    groups = [masters["last"], torch.cat([masters["first"], masters["middle"]])]
-    found = attribute_masters(groups, weights)
-    assert all(torch.equal(found[name], masters[name]) for name in masters)
-
-
-def test_masters_that_fit_no_arrangement_are_not_attributed() -> None:
-    masters = masters_of({"a": 3, "b": 3})
-    weights = {name: master.bfloat16() for name, master in masters.items()}
-    assert attribute_masters([torch.cat([masters["b"], masters["a"]])], weights) == {}
-    assert attribute_masters([torch.cat([masters["a"], masters["b"], torch.ones(1)])], weights) == {}

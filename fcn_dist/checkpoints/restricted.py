@@ -15,11 +15,16 @@ from fcn_dist.errors import UserError, named
 
 
 class LossScaler:
-    """Stands for a loss scaler's state, of which nothing is needed."""
+    """A constant loss scale, which a run's configuration states as well."""
 
 
-class DynamicLossScaler(LossScaler):
-    """A scaler of its own, since torch finds allowed classes by identity."""
+class DynamicLossScaler:
+    """Where a dynamic loss scale stands."""
+
+    cur_scale: float
+    cur_iter: int
+    last_overflow_iter: int
+    cur_hysteresis: int
 
 
 class ZeroStage(int):
@@ -27,10 +32,7 @@ class ZeroStage(int):
 
 
 class Fragment:
-    """Where a parameter's part lies in a rank's flat vector."""
-
-    start: int
-    numel: int
+    """Where a parameter's part lies in a rank's flat vector; worked out anew, and not read from here."""
 
 
 # What is built, and where a file names what.
@@ -60,7 +62,7 @@ def load_restricted(path: Path) -> dict[str, Any]:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
                 f"{path} cannot be read ({reason}); a file as DeepSpeed saved it is needed; restore it from a copy, "
-                "or convert another step"
+                "or use another step"
             ) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; a dictionary as DeepSpeed saves it is needed")

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 
+from fcn_dist.checkpoints.consolidate import consolidate
 from fcn_dist.checkpoints.store import DEEPSPEED_TAG, open_checkpoint
-from fcn_dist.checkpoints.zero import consolidate
 from fcn_dist.console import console, status_console
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.transforms import decode

@@ -21,10 +21,14 @@ class Place(NamedTuple):
 
     worker: int
     number: int
+    images: int  # in the batch
 
 
 class Slots:
-    """Memory for `slots` micro-batches of each loader process; made before they are forked."""
+    """Memory for `slots` micro-batches, of `micro_batch` images at most, of each loader process.
+
+    Made before the processes are forked.
+    """
 
     def __init__(self, workers: int, slots: int, micro_batch: int, crop: tuple[int, int]) -> None:
         self._slots = slots
@@ -40,8 +44,10 @@ class Slots:
 
     def arrays(self, place: Place) -> tuple[Pixels, Pixels]:
         """Images (B, H, W, 3) and targets (B, H, W) at `place`."""
-        slot = place.number % self._slots
-        return self._images[place.worker, slot], self._targets[place.worker, slot]
+        slot = place.worker, place.number % self._slots
+        images: Pixels = self._images[slot]
+        targets: Pixels = self._targets[slot]
+        return images[: place.images], targets[: place.images]
 
     def take(self, place: Place, pin_memory: bool) -> tuple[Tensor, Tensor]:
         """Copies of both, in page-locked memory if `pin_memory`; the slot is free afterwards."""

@@ -93,13 +93,13 @@ def build_loader(
         for number, positions in enumerate(batches):
             if ahead:
                 ahead.advance(number)
-            place = Place(worker, number)
+            place = Place(worker, number, len(positions))
             if slots and slots.free(place):
                 images, targets = slots.arrays(place)
                 tensors = None
             else:
-                images = np.empty((plan.micro_batch, *config.crop, 3), np.uint8)
-                targets = np.empty((plan.micro_batch, *config.crop), np.uint8)
+                images = np.empty((len(positions), *config.crop, 3), np.uint8)
+                targets = np.empty((len(positions), *config.crop), np.uint8)
                 tensors = torch.from_numpy(images), torch.from_numpy(targets)
             bad = crops.fill(positions, images, targets)
             labelled = int(np.count_nonzero(targets != IGNORE_LABEL))

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import fcn_dist
+from fcn_dist.checkpoints.consolidate import Consolidated, consolidate
 from fcn_dist.checkpoints.store import (
     DEEPSPEED_TAG,
     PROBE_NAME,
@@ -19,7 +20,6 @@ from fcn_dist.checkpoints.store import (
     Damage,
     open_checkpoint,
 )
-from fcn_dist.checkpoints.zero import Consolidated, consolidate
 from fcn_dist.deploy.modelfile import read_model_file, write_model_file
 from fcn_dist.errors import UserError, named
 from fcn_dist.files import replacing

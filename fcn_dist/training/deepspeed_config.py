@@ -12,7 +12,7 @@ from typing import Any
 
 from fcn_dist.config import Recipe
 from fcn_dist.errors import UserError
-from fcn_dist.ranks import BatchPlan, plan_batches
+from fcn_dist.ranks import BatchPlan, cut_anew, plan_batches
 
 AUTO = "auto"
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -56,12 +56,16 @@ def read_deepspeed_config(path: Path | None) -> dict[str, Any]:
     return values
 
 
-def resolve(values: dict[str, Any], recipe: Recipe, world_size: int) -> EngineConfig:
-    """Fill in every "auto". Raises UserError where the two conflict, or something is missing."""
+def resolve(values: dict[str, Any], recipe: Recipe, world_size: int, begun: BatchPlan | None = None) -> EngineConfig:
+    """Fill in every "auto". Raises UserError where the two conflict, or something is missing.
+
+    With `begun`, how a run that is continued was cut when it began, its global batch stays, and it is cut anew where
+    the sizes given do not fit.
+    """
     _refuse_what_the_recipe_owns(values)
     _section(values["optimizer"], "params")
     precision = _precision(values)
-    plan = _plan(values, recipe, world_size)
+    plan = _plan(values, recipe, world_size, begun)
     rate = _learning_rate(values, recipe)
     stage = _section(values, "zero_optimization").get("stage", 0)
     if stage not in (0, 1, 2, 3):
@@ -69,7 +73,7 @@ def resolve(values: dict[str, Any], recipe: Recipe, world_size: int) -> EngineCo
     _refuse_unchecked_steps(values, precision, stage)
     optimizer = values["optimizer"]
     resolved = _without_auto(values) | {
-        "train_batch_size": plan.global_batch,
+        "train_batch_size": plan.nominal_batch,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
         "optimizer": {**optimizer, "params": {**_without_auto(optimizer.get("params", {})), "lr": rate}},
@@ -125,7 +129,7 @@ def _precision(values: dict[str, Any]) -> str:
     return PRECISIONS[enabled[0]] if enabled else "float32"
 
 
-def _plan(values: dict[str, Any], recipe: Recipe, world_size: int) -> BatchPlan:
+def _plan(values: dict[str, Any], recipe: Recipe, world_size: int, begun: BatchPlan | None) -> BatchPlan:
     sizes: list[int | None] = []
     for key in BATCH_KEYS:
         size = values.get(key, AUTO)
@@ -139,8 +143,24 @@ def _plan(values: dict[str, Any], recipe: Recipe, world_size: int) -> BatchPlan:
             f"train_batch_size is {total} in the DeepSpeed configuration, and train.global_batch {stated} in the "
             'recipe; one value is needed; set one of them to "auto" or null'
         )
-    plan = plan_batches(total or stated, micro_batch, accumulation, world_size)
+    total = total or stated or (begun.global_batch if begun else None)
+    if begun and total is not None:
+        most = micro_batch or begun.micro_batch
+        plan = _plan_if_it_fits(total, micro_batch, accumulation, world_size)
+        if plan is None or plan.micro_batch > most:
+            plan = cut_anew(total, most, world_size)
+    else:
+        plan = plan_batches(total, micro_batch, accumulation, world_size)
     return replace(plan, lanes=recipe.data.lanes)
+
+
+def _plan_if_it_fits(
+    total: int, micro_batch: int | None, accumulation: int | None, world_size: int
+) -> BatchPlan | None:
+    try:
+        return plan_batches(total, micro_batch, accumulation, world_size)
+    except UserError:
+        return None
 
 
 def _learning_rate(values: dict[str, Any], recipe: Recipe) -> float:

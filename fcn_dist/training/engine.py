@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: a network and a resolved configuration in, an engine out, and its state to and from disk."""
+"""The DeepSpeed engine: a network and a resolved configuration in, an engine out, and its state to disk."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,8 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from fcn_dist.checkpoints.store import DEEPSPEED_TAG, PROBE_NAME, Checkpoint
+from fcn_dist.checkpoints.store import DEEPSPEED_TAG, PROBE_NAME
+from fcn_dist.checkpoints.zero import GROUPS_KEY
 from fcn_dist.errors import UserError
 from fcn_dist.model.fcn import FCN
 from fcn_dist.training.deepspeed_config import EngineConfig
@@ -102,7 +103,7 @@ def take_state(engine: Engine, folder: Path, is_first_rank: bool) -> dict[Path, 
 
     The contents are copies on the host. All ranks call it.
     """
-    engine.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, save_latest=False)
+    engine.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, client_state=_client_state(engine), save_latest=False)
     files: dict[Path, Any] = dict(engine.checkpoint_engine.files)
     engine.eval()
     image = probe_image()
@@ -117,24 +118,10 @@ def take_state(engine: Engine, folder: Path, is_first_rank: bool) -> dict[Path, 
     return files
 
 
-def read_state(engine: Engine, config: EngineConfig, checkpoint: Checkpoint) -> None:
-    """Restore weights, optimizer and scaler. All ranks call it.
-
-    Raises UserError if the checkpoint was cut for other ranks, another ZeRO stage or precision.
-    """
-    saved = checkpoint.state
-    ours = {
-        "ranks": config.plan.world_size,
-        "ZeRO stage": config.zero_stage,
-        "precision": config.precision,
-    }
-    theirs = {"ranks": saved.world_size, "ZeRO stage": saved.zero_stage, "precision": saved.precision}
-    for what, value in ours.items():
-        if theirs[what] != value:
-            raise UserError(
-                f"{checkpoint.dir} was written with {what} {theirs[what]}, and this run has {value}; the same is "
-                "needed to continue; start with the same, or convert the checkpoint and train from its weights"
-            )
-    path, _ = engine.load_checkpoint(str(checkpoint.dir), tag=DEEPSPEED_TAG)
-    if path is None:
-        raise RuntimeError(f"DeepSpeed did not load {checkpoint.dir}, whose files are whole")
+def _client_state(engine: Engine) -> dict[str, Any]:
+    """What DeepSpeed's files leave out: under stage 0, which parameters are in which of the optimizer's groups."""
+    if engine.zero_optimization():
+        return {}
+    in_16_bits = getattr(engine.optimizer, "fp16_groups", None)
+    groups = in_16_bits or [options["params"] for options in engine.optimizer.param_groups]
+    return {GROUPS_KEY: [[engine.param_names[parameter] for parameter in group] for group in groups]}

@@ -21,14 +21,14 @@ from fcn_dist.model.fcn import FCN
 from fcn_dist.model.preprocess import Preprocessing
 from fcn_dist.model.pretrained import load_weights, read_weights
 from fcn_dist.progress import TrainingProgress
-from fcn_dist.ranks import Rank
+from fcn_dist.ranks import BatchPlan, Rank
 from fcn_dist.scoring.agreement import raise_together
 from fcn_dist.scoring.metrics import Scores
 from fcn_dist.training.bad_samples import BadSamples
 from fcn_dist.training.beats import RANKS_DIR
 from fcn_dist.training.collective import device, noticing_lost_peers, of_all_ranks, on_rank_zero, start_ranks
-from fcn_dist.training.deepspeed_config import EngineConfig, resolve
-from fcn_dist.training.engine import build_engine, read_state
+from fcn_dist.training.deepspeed_config import BATCH_KEYS, EngineConfig, resolve
+from fcn_dist.training.engine import build_engine
 from fcn_dist.training.entry import Entry, Start, clear, enter
 from fcn_dist.training.finite import StepCheck
 from fcn_dist.training.intake import Intake
@@ -37,12 +37,15 @@ from fcn_dist.training.keeper import Keeper
 from fcn_dist.training.loop import train_steps
 from fcn_dist.training.pace import DeviceEvents, PaceReport
 from fcn_dist.training.phases import Phase, PhaseClock
+from fcn_dist.training.restore import change_of_cut, read_state
 from fcn_dist.training.runfolder import (
+    RUN_NAME,
     TRAINING_SPLIT,
     Journal,
     RunRecord,
     command_line,
     environment,
+    read_run_record,
     refuse_foreign_folder,
 )
 from fcn_dist.training.runlock import RunLock, sees
@@ -80,7 +83,9 @@ def _train(config: RunConfig, stop: StopRequest) -> Scores | None:
     recipe = config.recipe
     shard_set, validation = open_splits(config)
     rank = Rank.from_environment()
-    engine_config = resolve(config.deepspeed, recipe, rank.world_size)
+    continued = config.start is not Start.NEW and (config.output / RUN_NAME).exists()
+    begun = cut_of(read_run_record(config.output)) if continued else None
+    engine_config = resolve(config.deepspeed, recipe, rank.world_size, begun)
     steps = total_steps(recipe.schedule, len(shard_set), engine_config.plan.global_batch)
     check_warmup(recipe.schedule, steps)
     check_cache_limit(shard_set, engine_config.plan, recipe.data, rank)
@@ -99,7 +104,8 @@ def _train(config: RunConfig, stop: StopRequest) -> Scores | None:
     found = entry.checkpoint
     first_step = found.state.step if found else 0
     if found:
-        read_state(engine, engine_config, found)
+        read_state(engine, engine_config, found, rank)
+        assert found.state.position == first_step * engine_config.plan.global_batch
         on_rank_zero(rank, lambda: clear(config.output, entry))
 
     stream = SampleStream(shard_set, recipe.train.seed, window=recipe.data.window, lanes=recipe.data.lanes)
@@ -113,6 +119,8 @@ def _train(config: RunConfig, stop: StopRequest) -> Scores | None:
     watchdog = start_watchdog(config.output / RANKS_DIR, rank, clock, recipe.train.watchdog)
     with watchdog, waits_measured(clock), TrainingProgress(steps, first_step, shown=rank.index == 0) as progress:
         progress.say(headline(record, description, filled, entry))
+        if found and (change := change_of_cut(found.state, engine_config)):
+            progress.say(change)
         keeper = Keeper(config.output, job, record, engine, progress, journal, first_step if found else None)
         scorer = Scorer(model, engine, validation, job, clock, progress, journal, found.state.scores if found else None)
         if journal:
@@ -229,16 +237,24 @@ def run_record(
     )
 
 
+def cut_of(record: RunRecord) -> BatchPlan:
+    """How the global batch of a run is cut, lanes apart."""
+    micro_batch, accumulation = (record.deepspeed[key] for key in BATCH_KEYS[1:])
+    return BatchPlan(record.global_batch, micro_batch, accumulation, record.world_size)
+
+
 def headline(record: RunRecord, description: ModelDescription, filled: list[str], entry: Entry) -> str:
     """What is about to be trained, in a few lines."""
     model = description.config
     weights = f"{len(filled)} layers from {Path(str(model.weights)).name}" if filled else "random weights"
-    plan = {key: record.deepspeed[key] for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")}
-    micro_batch, accumulation = plan.values()
+    cut = cut_of(record)
+    sizes = (
+        f"{cut.micro_batch}" if cut.nominal_batch == cut.global_batch else f"{cut.micro_batch - 1} or {cut.micro_batch}"
+    )
     lines = [
         f"{model.variant} on {model.backbone} (width {model.width:g}), {len(description.classes)} classes, {weights}",
-        f"{record.world_size} ranks x micro-batch {micro_batch} x accumulation {accumulation} = global batch "
-        f"{record.global_batch}; {record.steps} steps",
+        f"{cut.world_size} ranks x micro-batch {sizes} x accumulation {cut.accumulation} = global batch "
+        f"{cut.global_batch}; {record.steps} steps",
     ]
     lines += [f"passed over {damage.dir}: {damage.reason}" for damage in entry.damages]
     if entry.checkpoint:

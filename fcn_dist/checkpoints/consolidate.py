@@ -1,0 +1,79 @@
+"""A folder of DeepSpeed's checkpoint files in, one float32 state dict out: ZeRO stages 0 to 3, any number of ranks.
+
+Frozen parameters have no masters, so that under bf16 and fp16 their weights come out rounded.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fcn_dist.checkpoints.savedfiles import SavedFiles, of_deepspeeds_form, open_files
+from fcn_dist.checkpoints.trainingstate import training_state
+from fcn_dist.errors import UserError, named
+
+
+@dataclass(frozen=True)
+class Consolidated:
+    """All weights of a checkpoint, and where they came from."""
+
+    state: dict[str, Tensor]  # parameters and floating buffers in float32
+    stage: int
+    world_size: int
+    deepspeed_version: str
+    rounded: tuple[str, ...]  # parameters that the checkpoint keeps in 16 bits only
+
+
+def consolidate(folder: Path, model: nn.Module) -> Consolidated:
+    """The state dict of `model` (whose own weights are not looked at) from DeepSpeed's files in `folder`.
+
+    Raises UserError unless every parameter and buffer is there, whole, in its shape, and nothing else is.
+    """
+    files = open_files(folder)
+    with of_deepspeeds_form(folder):
+        found = training_state(files)
+        masters = {name: trained.master.joined() for name, trained in found.trained.items()}
+        if files.stage < 3:
+            _check_agreement(masters, files)
+        state = {**{name: weight.joined() for name, weight in found.frozen.items()}, **masters, **found.buffers}
+        _check_complete(state, model, folder)
+        parameters = [name for name, _ in model.named_parameters()]
+        return Consolidated(
+            {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()},
+            files.stage,
+            files.world_size,
+            files.deepspeed_version,
+            tuple(name for name in parameters if state[name].dtype in (torch.bfloat16, torch.float16)),
+        )
+
+
+def _check_agreement(masters: Mapping[str, Tensor], files: SavedFiles) -> None:
+    """Up to stage 2 the module is there as well: its weights are the masters rounded, to the bit."""
+    weights = files.modules[0]["module"]
+    differing = [
+        name
+        for name, master in masters.items()
+        if name in weights
+        and master.shape == weights[name].shape
+        and not torch.allclose(master.to(weights[name].dtype), weights[name], rtol=0, atol=0, equal_nan=True)
+    ]
+    if differing:
+        raise UserError(
+            f"{files.folder}: the weights in the model file are not the optimizer's masters rounded, for "
+            f"{named(differing)}; files of two saves were mixed; restore the checkpoint, or use another step"
+        )
+
+
+def _check_complete(state: Mapping[str, Tensor], model: nn.Module, folder: Path) -> None:
+    needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    problems = [f"{name} is missing" for name in needed if name not in state]
+    problems += [f"{name} is not part of the model" for name in state if name not in needed]
+    problems += [
+        f"{name} is {tuple(state[name].shape)}, not {shape}"
+        for name, shape in needed.items()
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    if problems:
+        raise UserError(f"{folder} does not fit the model its manifest describes: {named(problems)}")
