@@ -50,7 +50,18 @@ def save_run(
     model = tiny_network(seed=seed)
     model.get_parameter("fc7.bias").data[3] = bias
     folder = prepare(run_dir, step)
-    content = {"module": model.state_dict(), "optimizer": None, "dp_world_size": 1, "ds_version": "0.19.8"}
+    content = {
+        "module": model.state_dict(),
+        "parameter_groups": [[name for name, _ in model.named_parameters()]],
+        "optimizer": {"state": {}},
+        "buffer_names": [],
+        "global_steps": step,
+        "global_samples": step,
+        "skipped_steps": 0,
+        "frozen_param_fragments": None,
+        "dp_world_size": 1,
+        "ds_version": "0.19.8",
+    }
     torch.save(content, folder / "deepspeed" / "mp_rank_00_model_states.pt")
     with torch.inference_mode():
         probe = {"image": IMAGE, "scores": model(IMAGE, coarse=True).contiguous()}
