@@ -29,6 +29,7 @@ from fcn_dist.checkpoints.trainingstate import read_training_state
 from fcn_dist.config import ScheduleConfig
 from fcn_dist.errors import UserError
 from fcn_dist.model.fcn import FCN
+from fcn_dist.training.collective import start_ranks
 from fcn_dist.training.engine import build_engine, set_learning_rate, take_state
 from fcn_dist.training.placement import place
 from fcn_dist.training.schedule import parameter_groups
@@ -43,7 +44,7 @@ def main() -> None:
     out, *cases = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     # DeepSpeed refuses fp16 on CPUs without fast fp16 instructions, though torch computes in it on all.
     type(get_accelerator()).is_fp16_supported = lambda self: True
-    deepspeed.init_distributed(dist_backend="gloo")
+    start_ranks()
     for case in cases:
         source, _, target = case.rpartition(":")
         run(Path(out), case, source, target)

@@ -25,6 +25,7 @@ from fcn_dist.checkpoints.commit import WrittenFile, commit, prepare
 from fcn_dist.checkpoints.store import CheckpointState
 from fcn_dist.config import Recipe, ScheduleConfig
 from fcn_dist.model.fcn import FCN
+from fcn_dist.training.collective import start_ranks
 from fcn_dist.training.deepspeed_config import EngineConfig, resolve
 from fcn_dist.training.engine import build_engine, set_learning_rate, take_state
 from fcn_dist.training.schedule import parameter_groups
@@ -40,7 +41,7 @@ def main() -> None:
     out, *cases = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     # DeepSpeed refuses fp16 on CPUs without fast fp16 instructions, though torch computes in it on all.
     type(get_accelerator()).is_fp16_supported = lambda self: True
-    deepspeed.init_distributed(dist_backend="gloo")
+    start_ranks()
     for case in cases:
         save(Path(out), case)
 

@@ -1,0 +1,67 @@
+"""The figures of a run: what steps report in, what is logged every so many steps out."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fcn_dist.training.collective import sum_over_ranks
+from fcn_dist.training.engine import Engine, gradient_norm, loss_scale
+from fcn_dist.training.job import Job
+from fcn_dist.training.phases import TRAINING_PHASES, Phase, PhaseClock
+
+
+@dataclass
+class Meter:
+    """Figures of the steps since they were last read."""
+
+    device: torch.device
+    clock: PhaseClock
+    _losses: list[torch.Tensor] = field(default_factory=list)  # of finite steps
+    _of_this_step: list[torch.Tensor] = field(default_factory=list)
+    _steps: int = 0
+    _not_finite: int = 0  # of these steps
+    _before: tuple[float, float] = (0.0, 0.0)
+
+    def add_loss(self, share: torch.Tensor) -> None:
+        """One micro-batch's share of a global batch's loss; stays on the device until it is read."""
+        self._of_this_step.append(share)
+
+    def add_step(self, finite: bool) -> None:
+        """A step is done; the losses of one that was not finite say nothing."""
+        self._steps += 1
+        if finite:
+            self._losses += self._of_this_step
+        else:
+            self._not_finite += 1
+        self._of_this_step = []
+
+    def read(self, job: Job, engine: Engine, done: int, rate: float) -> dict[str, Any]:
+        """The figures over all ranks, and a fresh start. All ranks call it."""
+        losses = torch.stack(self._losses or [torch.zeros((), device=self.device)])
+        # Waits for the device, so that the time below is the steps' own.
+        loss = float(sum_over_ranks(losses.sum(), job.rank))
+        finite = self._steps - self._not_finite
+        self.clock.enter(Phase.LOGGING)  # which adds up the seconds until now
+        elapsed, waited = (now - before for now, before in zip(self._seconds(), self._before, strict=True))
+        waited = float(sum_over_ranks(torch.tensor([waited], device=self.device), job.rank))
+        norm = gradient_norm(engine)
+        figures = {
+            "epoch": done * job.config.plan.global_batch / job.stream.num_samples,
+            "loss": loss / finite if finite else None,
+            "not_finite_steps": self._not_finite,
+            "learning_rate": rate,
+            "gradient_norm": norm if norm is not None and math.isfinite(norm) else None,
+            "loss_scale": loss_scale(engine),
+            "skipped_steps": int(engine.skipped_steps),
+            "images_per_second": self._steps * job.config.plan.global_batch / elapsed,
+            "data_wait": waited / job.rank.world_size / elapsed,
+            "peak_memory": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None,
+        }
+        self._losses, self._steps, self._not_finite, self._before = [], 0, 0, self._seconds()
+        return figures
+
+    def _seconds(self) -> tuple[float, float]:
+        """Of training, and in it of waiting for data, from the start on."""
+        return sum(self.clock.seconds[phase] for phase in TRAINING_PHASES), self.clock.seconds[Phase.DATA]
