@@ -1,7 +1,6 @@
 """Entering a run folder: what each way of starting finds, and that nothing begins anew by accident."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace

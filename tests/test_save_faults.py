@@ -248,3 +248,24 @@ def test_a_second_job_in_one_run_folder_is_refused_until_the_first_is_gone(packe
         third.until(lambda: len(third.lines("start")) == 2)
         third.process.terminate()
         assert third.ended() == EXIT_REQUEUE, third.output()
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_share_the_run_folder_are_refused_before_they_train(packed: Path, tmp_path: Path) -> None:
+    """As on nodes whose disks are their own: each rank would keep its part of a checkpoint to itself."""
+    run = tmp_path / "run"
+    script = tmp_path / "apart.py"
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from fcn_dist.commands.entry import run_script\n"
+        "from fcn_dist.training import runlock\n"
+        "runlock.VISIBLE_WITHIN = 1.0\n"
+        "at = sys.argv.index('--output') + 1\n"
+        "sys.argv[at] += os.environ['RANK']\n"
+        "sys.exit(run_script('train'))\n"
+    )
+    with running(train_command(packed, run, ranks=2, script=script), run) as job:
+        assert job.ended() == 2, job.output()
+    assert "rank 1 on " in job.output() and "one folder that all nodes share is needed" in job.output()
+    assert not journal(tmp_path / "run0", "start") and not journal(tmp_path / "run1", "start")

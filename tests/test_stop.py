@@ -11,8 +11,7 @@ from jobs import ENDS_WITHIN, ROOT, RunningJob, free_port, journal, running, tra
 from fcn_dist.checkpoints.store import open_checkpoint
 from fcn_dist.errors import EXIT_REQUEUE
 
-SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
-SECONDS = 150  # for what is no test of time
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP]
 
 
 def stopped_and_saved(job: RunningJob, within: float = ENDS_WITHIN) -> int:
@@ -37,6 +36,15 @@ def test_a_process_without_a_launcher_saves_and_asks_to_be_started_again(
         job.process.send_signal(number)  # a second one does no harm
         assert stopped_and_saved(job) == EXIT_REQUEUE
     assert f"rank 0: {number.name}" in job.output() and "--resume" in job.output()
+
+
+@pytest.mark.slow
+def test_nohup_is_heeded(packed: Path, tmp_path: Path) -> None:
+    command = ["nohup", *train_command(packed, tmp_path / "run", "--steps", "60")]
+    with running(command, tmp_path / "run") as job:
+        job.until_step(2)
+        job.process.send_signal(signal.SIGHUP)
+        assert job.ended() == 0, job.output()
 
 
 @pytest.mark.slow

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from fcn_dist.data.loadersignals import STOP_SIGNALS
 from fcn_dist.errors import EXIT_REQUEUE
 from fcn_dist.outcome import leave_outcome
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LOOKS_EVERY = 1.0  # seconds between two looks at the launcher
 # Seconds from the launcher's end until a rank ends itself although it could not save: where others are gone already,
 # it may wait for them in a collective. Nothing is to be left of a job 30 s after its launcher.
@@ -51,7 +51,9 @@ def heeding_signals() -> Iterator[StopRequest]:
 
     before = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, handler) for number in SIGNALS}
+        # nohup has SIGHUP ignored, and means it.
+        heeded = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, handler) for number in heeded}
     over = threading.Event()
     if "RANK" in os.environ:
         threading.Thread(target=_watch_launcher, args=(request, _ancestors(), over), daemon=True).start()
