@@ -71,7 +71,7 @@ def zero_config(folder: Path, stage: int, precision: str) -> list[str]:
 
 
 def train_until_killed(arguments: Sequence[str], ranks: int, folder: Path, step: int) -> str:
-    """SIGKILL the launcher and all ranks once `step` is done and a checkpoint of before is on disk; what was printed."""
+    """SIGKILL the launcher and all ranks once `step` is done and the one before is saved; returns what was printed."""
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
     process = subprocess.Popen(
         [*launcher, "--master_port", free_port(), str(SCRIPT), *arguments],

@@ -19,6 +19,7 @@ from launching import run_alone, run_ranks
 from fcn_dist.checkpoints.store import open_checkpoint
 from fcn_dist.config import DataConfig
 from fcn_dist.data.loader import Batch, build_loader, build_scene_loader
+from fcn_dist.data.loaderprocesses import ended_with_the_block
 from fcn_dist.data.packing.run import pack
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.stream import SampleStream
@@ -98,6 +99,22 @@ def test_one_that_ends_in_another_way_is_a_bug(shards: Path) -> None:
     kill(first_of(batches)[0], signal.SIGSEGV)
     with pytest.raises(RuntimeError, match=f"a loader process ended with exit code -{int(signal.SIGSEGV)}"):
         next(batches)
+
+
+@pytest.mark.timeout(60)
+def test_none_outlives_its_block_and_others_do(shards: Path) -> None:
+    others = first_of(others_batches := batches_of(shards))
+    with pytest.raises(KeyboardInterrupt), ended_with_the_block():
+        batches = batches_of(shards)
+        own = first_of(batches)
+        for process in own:
+            assert process.pid
+            os.kill(process.pid, signal.SIGSTOP)  # it takes no SIGTERM now
+        raise KeyboardInterrupt
+    for process in own:
+        process.join(30)
+        assert process.exitcode == -signal.SIGKILL
+    assert all(process.is_alive() for process in others) and next(others_batches)
 
 
 @pytest.mark.timeout(60)

@@ -3,6 +3,7 @@
 import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from threading import current_thread, main_thread
 from typing import TypeVar
@@ -32,6 +33,23 @@ def started(loader: Iterable[Item]) -> Iterator[Item]:
             _check(processes)  # torch has waited in vain, and names a process without saying what became of it
             raise
         yield item
+
+
+@contextmanager
+def ended_with_the_block() -> Iterator[None]:
+    """Kill the loader processes that were started in the block and still live at its end: nothing they do is wanted.
+
+    Left to themselves, multiprocessing would send each a SIGTERM at exit and wait for its end. But signals of one kind
+    do not queue: where a launcher's SIGTERM, which a loader process passes over, has not been taken yet, this one is
+    lost in it, and the wait never ends.
+    """
+    before = multiprocessing.active_children()
+    try:
+        yield
+    finally:
+        for process in multiprocessing.active_children():
+            if process not in before:
+                process.kill()
 
 
 def _iterator(loader: Iterable[Item]) -> Iterator[Item]:

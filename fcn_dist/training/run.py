@@ -9,6 +9,7 @@ import torch
 
 from fcn_dist.config import Recipe
 from fcn_dist.data.loader import build_loader
+from fcn_dist.data.loaderprocesses import ended_with_the_block
 from fcn_dist.data.remote.cache import node_cache
 from fcn_dist.data.remote.urls import is_url
 from fcn_dist.data.shardset import ShardSet
@@ -75,7 +76,7 @@ def train(config: RunConfig) -> Scores | None:
     EarlyEnd, on all ranks, once the state is saved, if any of them was asked to stop (see stop.py); LostPeer if another
     rank has died.
     """
-    with heeding_signals() as stop, noticing_lost_peers():
+    with heeding_signals() as stop, ended_with_the_block(), noticing_lost_peers():
         return _train(config, stop)
 
 
