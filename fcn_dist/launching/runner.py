@@ -68,7 +68,8 @@ def hosts_command(hosts: list[Host], folder: Path, master_addr: str | None, port
 
 
 def _runner() -> list[str]:
-    return [sys.executable, "-P", "-m", "deepspeed.launcher.runner"]
+    # Its log would hide what the ranks print: the whole encoded order, several times.
+    return [sys.executable, "-P", "-m", "deepspeed.launcher.runner", "--log_level=critical"]
 
 
 def _program(order: str) -> list[str]:
