@@ -44,6 +44,8 @@ def main() -> None:
     start_ranks()
     for case in cases:
         save(Path(out), case)
+    dist.barrier()
+    dist.destroy_process_group()  # left to the end of the process, it ended once with std::terminate
 
 
 def save(out: Path, case: str) -> None:
