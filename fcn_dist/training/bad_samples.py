@@ -3,13 +3,11 @@
 import json
 from collections.abc import Iterable
 
-import torch.distributed as dist
-
 from fcn_dist.data.crops import BadSample
 from fcn_dist.errors import UserError, named
 from fcn_dist.progress import TrainingProgress
 from fcn_dist.ranks import Rank
-from fcn_dist.training.collective import on_rank_zero
+from fcn_dist.training.collective import of_all_ranks, on_rank_zero
 from fcn_dist.training.runfolder import Journal
 
 EVENT = "bad_sample"
@@ -28,11 +26,7 @@ class BadSamples:
 
         Raises UserError, on all ranks alike, when there are more than the budget allows.
         """
-        gathered: list[list[BadSample]] = [list(found)]
-        if self._rank.world_size > 1:
-            gathered = [[] for _ in range(self._rank.world_size)]
-            dist.all_gather_object(gathered, list(found))
-        for bad in (bad for of_rank in gathered for bad in of_rank):
+        for bad in (bad for of_rank in of_all_ranks(list(found), self._rank) for bad in of_rank):
             if (bad.shard, bad.key) in self.reasons:
                 continue
             self.reasons[bad.shard, bad.key] = bad.reason

@@ -1,6 +1,7 @@
 """Entering a run folder: to begin a run, or to continue one from its newest whole checkpoint; never by accident."""
 
 import json
+import platform
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 from fcn_dist.checkpoints.commit import discard_all, set_aside
 from fcn_dist.checkpoints.store import LATEST_NAME, Checkpoint, Damage, checkpoints_dir, committed, open_checkpoint
 from fcn_dist.errors import UserError
+from fcn_dist.ranks import Rank
+from fcn_dist.scoring.agreement import raise_together
+from fcn_dist.training.collective import on_rank_zero
 from fcn_dist.training.runfolder import (
     METRICS_NAME,
     RUN_NAME,
@@ -18,6 +22,7 @@ from fcn_dist.training.runfolder import (
     refuse_foreign_folder,
     write_run_record,
 )
+from fcn_dist.training.runlock import RunLock, sees
 
 # How samples are fetched decides nothing of which they are.
 NOT_DECISIVE = {"workers", "max_bad_samples", "cache_dir", "cache_limit", "read_ahead"}
@@ -38,6 +43,45 @@ class Entry:
     checkpoint: Checkpoint | None = None  # to continue from
     damages: list[Damage] = field(default_factory=list)  # of newer checkpoints
     finished: bool = False  # nothing is left to train
+
+    @property
+    def last(self) -> int | None:
+        """Step of the checkpoint to continue from, if there is one."""
+        return self.checkpoint.state.step if self.checkpoint else None
+
+    @property
+    def first_step(self) -> int:
+        """The next to train, counted from 0."""
+        return self.last or 0
+
+    @property
+    def scores(self) -> dict[str, Any] | None:
+        """The last evaluation before that."""
+        return self.checkpoint.state.scores if self.checkpoint else None
+
+
+def hold_run_folder(run_dir: Path, command: str, rank: Rank) -> RunLock | None:
+    """Lock the run folder, on rank 0, which has the lock. All ranks call it.
+
+    Raises UserError, on all ranks alike, if another job has the folder, or if a rank does not see the same one: each
+    rank writes its share of a checkpoint into it.
+    """
+    lock: list[RunLock] = []
+
+    def take() -> str:
+        refuse_foreign_folder(run_dir)
+        lock.append(RunLock(run_dir, command))
+        return lock[0].token
+
+    token = on_rank_zero(rank, take)
+    failure = None
+    if rank.index and not sees(run_dir, token):
+        failure = UserError(
+            f"rank {rank.index} on {platform.node()} does not find in {run_dir.absolute()} what rank 0 has written "
+            "there; one folder that all nodes share is needed for the run; give an --output on a shared disk"
+        )
+    raise_together(failure, rank)
+    return lock[0] if lock else None
 
 
 def enter(run_dir: Path, start: Start, record: RunRecord) -> Entry:

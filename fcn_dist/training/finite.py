@@ -15,19 +15,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fcn_dist.data.crops import trained_samples
 from fcn_dist.data.loader import Batch
 from fcn_dist.data.shardset import ShardSet
-from fcn_dist.data.stream import SampleStream
 from fcn_dist.errors import EXIT_DIVERGED, EarlyEnd, UserError, named
 from fcn_dist.progress import TrainingProgress
-from fcn_dist.ranks import Rank
-from fcn_dist.training.collective import on_rank_zero, sum_over_ranks
-from fcn_dist.training.deepspeed_config import EngineConfig
+from fcn_dist.training.collective import of_all_ranks, on_rank_zero, sum_over_ranks
 from fcn_dist.training.engine import Engine, loss_scale
+from fcn_dist.training.job import Job
 from fcn_dist.training.runfolder import Journal
 
 EVENT = "not_finite"
@@ -51,12 +48,9 @@ class MicroBatchSeen(NamedTuple):
 class StepCheck:
     """Watches the steps of a run and keeps their count, the same on every rank."""
 
+    job: Job
     engine: Engine
-    config: EngineConfig
-    budget: int
     shard_set: ShardSet
-    stream: SampleStream
-    rank: Rank
     run_dir: Path
     progress: TrainingProgress
     journal: Journal | None
@@ -65,13 +59,14 @@ class StepCheck:
 
     def __post_init__(self) -> None:
         """Begin with the count that the journal tells of, if the run is continued. All ranks call it."""
-        self._count: int = on_rank_zero(self.rank, self._from_journal)
+        self._budget = self.job.recipe.train.max_skipped_steps
+        self._count: int = on_rank_zero(self.job.rank, self._from_journal)
         self._scale = loss_scale(self.engine)
         self._least_scale = math.inf  # a static scale cannot be lowered
-        if self.config.precision == "float16":
+        if self.job.config.precision == "float16":
             if self.engine.dynamic_loss_scale():
-                self._least_scale = float(self.config.values["fp16"].get("min_loss_scale", 1))
-            if self.config.zero_stage:
+                self._least_scale = float(self.job.config.values["fp16"].get("min_loss_scale", 1))
+            if self.job.config.zero_stage:
                 # DeepSpeed would end each rank with a bare Exception.
                 self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False
         if self.engine.optimizer is self.engine.basic_optimizer:
@@ -104,7 +99,7 @@ class StepCheck:
             return True
         if self._buffers:
             torch._foreach_copy_(self._buffers, self._kept)
-        if self.config.zero_stage == 3:
+        if self.job.config.zero_stage == 3:
             # DeepSpeed drops its views of this buffer, and not the values.
             self.engine.optimizer.grad_partitions_flat_buffer.zero_()
         what = self._what(losses, scale)
@@ -124,7 +119,7 @@ class StepCheck:
     def _what(self, losses: list[Tensor], scale: float | None) -> str | None:
         """What was not finite in a step that was skipped; None for an overflow that lowered the loss scale."""
         bad = (~torch.isfinite(torch.stack(losses))).sum()
-        if sum_over_ranks(bad, self.rank):
+        if sum_over_ranks(bad, self.job.rank):
             return "loss"
         if scale is None:
             return "gradient"
@@ -134,17 +129,13 @@ class StepCheck:
         """All ranks' micro-batches of the step, in the order of ranks."""
         bad = (~torch.isfinite(torch.stack(losses) + torch.stack(largest))).tolist()
         own = [
-            MicroBatchSeen(self.rank.index, is_bad, batch.positions, self._keys(batch))
+            MicroBatchSeen(self.job.rank.index, is_bad, batch.positions, self._keys(batch))
             for is_bad, batch in zip(bad, micro_batches, strict=True)
         ]
-        gathered = [own]
-        if self.rank.world_size > 1:
-            gathered = [[] for _ in range(self.rank.world_size)]
-            dist.all_gather_object(gathered, own)
-        return [seen for of_rank in gathered for seen in of_rank]
+        return [seen for of_rank in of_all_ranks(own, self.job.rank) for seen in of_rank]
 
     def _keys(self, batch: Batch) -> list[str]:
-        return [self._key(index) for index in trained_samples(self.stream, batch.positions, batch.bad_samples)]
+        return [self._key(index) for index in trained_samples(self.job.stream, batch.positions, batch.bad_samples)]
 
     def _key(self, index: int) -> str:
         try:
@@ -160,14 +151,14 @@ class StepCheck:
         where = f"on rank {named([str(rank) for rank in ranks])}" if ranks else "in the sum over ranks"
         keys = named([repr(key) for one in bad or seen for key in one.keys])
         news = f"{what} not finite {where}, with samples {keys}"
-        self.progress.say(f"step {done} changed no weight: {news}; {self._count} of {self.budget} such steps allowed")
+        self.progress.say(f"step {done} changed no weight: {news}; {self._count} of {self._budget} such steps allowed")
         if self.journal:
             samples = [one._asdict() for one in seen]
             self.journal.write(EVENT, done, what=what, ranks=ranks, micro_batches=samples)
-        if self._count > self.budget:
+        if self._count > self._budget:
             raise EarlyEnd(
                 f"{self._count} steps were not finite and changed no weight, step {done} the last of them: {news}; "
-                f"train.max_skipped_steps allows {self.budget}; the lines {EVENT!r} of "
+                f"train.max_skipped_steps allows {self._budget}; the lines {EVENT!r} of "
                 f"{self.run_dir}/metrics.jsonl list the samples of each; {REMEDIES[what]}, or raise "
                 "train.max_skipped_steps",
                 EXIT_DIVERGED,

@@ -3,14 +3,14 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from fcn_dist.checkpoints.commit import WrittenFile, commit, discard, prepare
 from fcn_dist.checkpoints.retention import retain
 from fcn_dist.checkpoints.store import CheckpointState
-from fcn_dist.errors import UserError
+from fcn_dist.errors import EarlyEnd, UserError
 from fcn_dist.progress import TrainingProgress
 from fcn_dist.training.collective import of_all_ranks, on_rank_zero, sum_over_ranks
 from fcn_dist.training.engine import Engine, take_state
@@ -49,6 +49,16 @@ class Keeper:
         self._progress, self._journal = progress, journal
         self._pending: Pending | None = None
         self._failures = 0  # in a row
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Commit what is being written also where the block ends early, if all ranks end it together."""
+        if isinstance(error, (EarlyEnd, UserError)):
+            self.finish()
+        if isinstance(error, EarlyEnd):
+            raise EarlyEnd(f"{error}; {self.newest}", error.code) from None
 
     @property
     def newest(self) -> str:

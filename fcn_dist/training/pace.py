@@ -13,10 +13,10 @@ from statistics import median_low
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from fcn_dist.progress import TrainingProgress
 from fcn_dist.ranks import Rank
+from fcn_dist.training.collective import of_all_ranks
 from fcn_dist.training.phases import Phase, PhaseClock
 from fcn_dist.training.runfolder import Journal
 
@@ -87,31 +87,28 @@ class PaceReport:
         self,
         rank: Rank,
         clock: PhaseClock,
-        device: torch.device,
         events: DeviceEvents | None,
         first_step: int,
         progress: TrainingProgress,
         journal: Journal | None,
     ) -> None:
         """All ranks call it. `events` are of a device that computes beside the clock, if there is one."""
-        self._rank, self._clock, self._device, self._events = rank, clock, device, events
+        self._rank, self._clock, self._events = rank, clock, events
         self._progress, self._journal = progress, journal
         self._computed = 0.0
         self._first_step = self._done = first_step
         self._before = self._so_far()
         self._known: set[tuple[int, bool]] = set()
-        self._hosts = [platform.node()] * rank.world_size
-        if rank.world_size > 1:
-            dist.all_gather_object(self._hosts, platform.node())
+        self._hosts = of_all_ranks(platform.node(), rank)
 
     def compare(self, done: int) -> None:
         """Compare the ranks' paces since the last call, step `done` being the last one. All ranks call it."""
         so_far, steps = self._so_far(), done - self._done
-        mine = [(now - before) / steps for now, before in zip(so_far, self._before, strict=True)]
+        mine = Pace(*((now - before) / steps for now, before in zip(so_far, self._before, strict=True)))
         self._done, self._before, is_first = done, so_far, self._done == self._first_step
         if is_first:
             return  # its steps hold the start of loaders and devices, which tells nothing of those to come
-        stragglers = find_stragglers([Pace(*pace) for pace in gather(mine, self._rank, self._device)])
+        stragglers = find_stragglers(of_all_ranks(mine, self._rank))
         for straggler in stragglers:
             if (straggler.rank, straggler.waits_for_data) not in self._known:
                 self._tell(done, straggler)
@@ -142,13 +139,3 @@ class PaceReport:
             self._journal.write(
                 EVENT, done, rank=straggler.rank, host=host, reason=reason, **figures, typical_seconds=typical
             )
-
-
-def gather(values: list[float], rank: Rank, device: torch.device) -> list[list[float]]:
-    """The values of every rank, in order of rank. All ranks call it."""
-    mine = torch.tensor(values, device=device)
-    if rank.world_size == 1:
-        return [values]
-    theirs = [torch.empty_like(mine) for _ in range(rank.world_size)]
-    dist.all_gather(theirs, mine)
-    return torch.stack(theirs).tolist()

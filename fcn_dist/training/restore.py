@@ -55,12 +55,12 @@ def layout_of(values: dict[str, Any], world_size: int) -> dict[str, Any]:
     }
 
 
-def change_of_cut(saved: CheckpointState, config: EngineConfig) -> str:
-    """One line on how the checkpoint was cut and how the run is cut now; empty if that is the same."""
+def change_of_cut(saved: CheckpointState, config: EngineConfig) -> list[str]:
+    """A line on how the checkpoint was cut and how the run is cut now, unless that is the same."""
     plan = config.plan
     before = _cut(saved.world_size, saved.zero_stage, saved.precision, saved.deepspeed)
     now = _cut(plan.world_size, config.zero_stage, config.precision, config.values)
-    return "" if before == now else f"the checkpoint was cut for {before}; the run is cut for {now}"
+    return [] if before == now else [f"the checkpoint was cut for {before}; the run is cut for {now}"]
 
 
 def _cut(world_size: int, stage: int, precision: str, values: dict[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """A whole training run: shards, a recipe and a DeepSpeed configuration in, a run folder out."""
 
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,13 @@ from fcn_dist.model.preprocess import Preprocessing
 from fcn_dist.model.pretrained import load_weights, read_weights
 from fcn_dist.progress import TrainingProgress
 from fcn_dist.ranks import BatchPlan, Rank
-from fcn_dist.scoring.agreement import raise_together
 from fcn_dist.scoring.metrics import Scores
 from fcn_dist.training.bad_samples import BadSamples
 from fcn_dist.training.beats import RANKS_DIR
 from fcn_dist.training.collective import device, noticing_lost_peers, of_all_ranks, on_rank_zero, start_ranks
 from fcn_dist.training.deepspeed_config import BATCH_KEYS, EngineConfig, resolve
-from fcn_dist.training.engine import build_engine
-from fcn_dist.training.entry import Entry, Start, clear, enter
+from fcn_dist.training.engine import Engine, build_engine
+from fcn_dist.training.entry import Entry, Start, clear, enter, hold_run_folder
 from fcn_dist.training.finite import StepCheck
 from fcn_dist.training.intake import Intake
 from fcn_dist.training.job import Job
@@ -47,9 +45,8 @@ from fcn_dist.training.runfolder import (
     command_line,
     environment,
     read_run_record,
-    refuse_foreign_folder,
 )
-from fcn_dist.training.runlock import RunLock, sees
+from fcn_dist.training.runlock import RunLock
 from fcn_dist.training.schedule import check_warmup, parameter_groups, total_steps
 from fcn_dist.training.scorer import Scorer
 from fcn_dist.training.stop import StopRequest, heeding_signals
@@ -80,10 +77,25 @@ def train(config: RunConfig) -> Scores | None:
         return _train(config, stop)
 
 
-def _train(config: RunConfig, stop: StopRequest) -> Scores | None:
-    recipe = config.recipe
+@dataclass(frozen=True)
+class Ready:
+    """What a run needs before its next step."""
+
+    job: Job
+    engine: Engine
+    model: FCN
+    shard_set: ShardSet
+    validation: ShardSet | None
+    record: RunRecord
+    entry: Entry
+    lock: RunLock | None  # on rank 0
+    headline: str
+
+
+def make_ready(config: RunConfig) -> Ready:
+    """Check all that can be wrong, build the engine, enter the run folder, and restore the state if there is one."""
+    recipe, rank = config.recipe, Rank.from_environment()
     shard_set, validation = open_splits(config)
-    rank = Rank.from_environment()
     continued = config.start is not Start.NEW and (config.output / RUN_NAME).exists()
     begun = cut_of(read_run_record(config.output)) if continued else None
     engine_config = resolve(config.deepspeed, recipe, rank.world_size, begun)
@@ -98,81 +110,53 @@ def _train(config: RunConfig, stop: StopRequest) -> Scores | None:
     record = run_record(config, engine_config, description, shard_set, validation, steps)
     lock = hold_run_folder(config.output, record.command, rank)
     entry = on_rank_zero(rank, lambda: enter(config.output, config.start, record))
-    if entry.finished:
-        if rank.index == 0:
-            print(f"{config.output} is trained to its last step, {steps}, already", flush=True)
-        return None
-    found = entry.checkpoint
-    first_step = found.state.step if found else 0
-    if found:
-        read_state(engine, engine_config, found, rank)
-        assert found.state.position == first_step * engine_config.plan.global_batch
+    lines = headline(record, description, filled, entry)
+    if entry.checkpoint and not entry.finished:
+        read_state(engine, engine_config, entry.checkpoint, rank)
+        assert entry.checkpoint.state.position == entry.first_step * engine_config.plan.global_batch
         on_rank_zero(rank, lambda: clear(config.output, entry))
-
+        lines += change_of_cut(entry.checkpoint.state, engine_config)
     stream = SampleStream(shard_set, recipe.train.seed, window=recipe.data.window, lanes=recipe.data.lanes)
     job = Job(recipe, engine_config, groups, stream, model.stride, rank, device(rank), steps)
-    pin = job.device.type == "cuda"
-    todo = range(first_step, steps)
-    batches = build_loader(shard_set, stream, engine_config.plan, recipe.data, rank.index, todo, pin)
+    return Ready(job, engine, model, shard_set, validation, record, entry, lock, "\n".join(lines))
+
+
+def _train(config: RunConfig, stop: StopRequest) -> Scores | None:
+    ready = make_ready(config)
+    job, engine, rank, first_step = ready.job, ready.engine, ready.job.rank, ready.entry.first_step
+    if ready.entry.finished:
+        if rank.index == 0:
+            print(f"{config.output} is trained to its last step, {job.steps}, already", flush=True)
+        return None
+    data, plan, on_gpu = job.recipe.data, job.config.plan, job.device.type == "cuda"
+    todo = range(first_step, job.steps)
+    batches = build_loader(ready.shard_set, job.stream, plan, data, rank.index, todo, pin_memory=on_gpu)
     journal = Journal(config.output, first_step) if rank.index == 0 else None
-    events = DeviceEvents() if job.device.type == "cuda" else None
+    events = DeviceEvents() if on_gpu else None
     clock = PhaseClock(first_step, events.mark) if events else PhaseClock(first_step)
-    watchdog = start_watchdog(config.output / RANKS_DIR, rank, clock, recipe.train.watchdog)
-    with watchdog, waits_measured(clock), TrainingProgress(steps, first_step, shown=rank.index == 0) as progress:
-        progress.say(headline(record, description, filled, entry))
-        if found and (change := change_of_cut(found.state, engine_config)):
-            progress.say(change)
-        keeper = Keeper(config.output, job, record, engine, progress, journal, first_step if found else None)
-        scorer = Scorer(model, engine, validation, job, clock, progress, journal, found.state.scores if found else None)
+    watchdog = start_watchdog(config.output / RANKS_DIR, rank, clock, job.recipe.train.watchdog)
+    with watchdog, waits_measured(clock), TrainingProgress(job.steps, first_step, shown=rank.index == 0) as progress:
+        progress.say(ready.headline)
+        keeper = Keeper(config.output, job, ready.record, engine, progress, journal, ready.entry.last)
+        scorer = Scorer(ready.model, engine, ready.validation, job, clock, progress, journal, ready.entry.scores)
         if journal:
-            journal.write("start", first_step, world_size=rank.world_size, command=record.command)
-        bad_samples = BadSamples(recipe.data.max_bad_samples, rank, progress, journal)
-        intake = Intake(batches, engine_config.plan.accumulation, rank, job.device, bad_samples, stop)
-        budget = recipe.train.max_skipped_steps
-        check = StepCheck(engine, engine_config, budget, shard_set, stream, rank, config.output, progress, journal)
-        pace = PaceReport(rank, clock, job.device, events, first_step, progress, journal)
-        try:
+            journal.write("start", first_step, world_size=rank.world_size, command=ready.record.command)
+        bad_samples = BadSamples(data.max_bad_samples, rank, progress, journal)
+        intake = Intake(batches, plan.accumulation, rank, job.device, bad_samples, stop)
+        check = StepCheck(job, engine, ready.shard_set, config.output, progress, journal)
+        pace = PaceReport(rank, clock, events, first_step, progress, journal)
+        with keeper:
             done = train_steps(job, engine, intake, check, clock, pace, first_step, progress, journal, scorer, keeper)
-        except EarlyEnd as end:  # which all ranks raise together
-            keeper.finish()
-            raise EarlyEnd(f"{end}; {keeper.newest}", end.code) from None
-        except UserError:  # likewise
-            keeper.finish()
-            raise
         stop.saving = True
         clock.enter(Phase.SAVING)
         keeper.close(done, scorer.summary)
         if summary := bad_samples.summary():
             progress.say(summary)
-    if lock:
-        lock.release()
-    if done < steps:
+    if ready.lock:
+        ready.lock.release()
+    if done < job.steps:
         raise stopped(job, keeper, stop, done)
     return scorer.last
-
-
-def hold_run_folder(run_dir: Path, command: str, rank: Rank) -> RunLock | None:
-    """Lock the run folder, on rank 0, which has the lock. All ranks call it.
-
-    Raises UserError, on all ranks alike, if another job has the folder, or if a rank does not see the same one: each
-    rank writes its share of a checkpoint into it.
-    """
-    lock: list[RunLock] = []
-
-    def take() -> str:
-        refuse_foreign_folder(run_dir)
-        lock.append(RunLock(run_dir, command))
-        return lock[0].token
-
-    token = on_rank_zero(rank, take)
-    failure = None
-    if rank.index and not sees(run_dir, token):
-        failure = UserError(
-            f"rank {rank.index} on {platform.node()} does not find in {run_dir.absolute()} what rank 0 has written "
-            "there; one folder that all nodes share is needed for the run; give an --output on a shared disk"
-        )
-    raise_together(failure, rank)
-    return lock[0] if lock else None
 
 
 def stopped(job: Job, keeper: Keeper, stop: StopRequest, done: int) -> EarlyEnd:
@@ -244,7 +228,7 @@ def cut_of(record: RunRecord) -> BatchPlan:
     return BatchPlan(record.global_batch, micro_batch, accumulation, record.world_size)
 
 
-def headline(record: RunRecord, description: ModelDescription, filled: list[str], entry: Entry) -> str:
+def headline(record: RunRecord, description: ModelDescription, filled: list[str], entry: Entry) -> list[str]:
     """What is about to be trained, in a few lines."""
     model = description.config
     weights = f"{len(filled)} layers from {Path(str(model.weights)).name}" if filled else "random weights"
@@ -259,5 +243,5 @@ def headline(record: RunRecord, description: ModelDescription, filled: list[str]
     ]
     lines += [f"passed over {damage.dir}: {damage.reason}" for damage in entry.damages]
     if entry.checkpoint:
-        lines.append(f"continuing after step {entry.checkpoint.state.step}")
-    return "\n".join(lines)
+        lines.append(f"continuing after step {entry.first_step}")
+    return lines

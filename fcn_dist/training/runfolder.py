@@ -16,10 +16,10 @@ from typing import Any
 import fcn_dist
 from fcn_dist.errors import UserError
 from fcn_dist.files import write_text
-from fcn_dist.training.runlock import LOCK_NAME
 
 RUN_NAME = "run.json"
 METRICS_NAME = "metrics.jsonl"
+LOCK_NAME = ".lock"
 TRAINING_SPLIT = "training"
 
 

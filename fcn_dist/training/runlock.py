@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 from fcn_dist.errors import UserError
+from fcn_dist.training.runfolder import LOCK_NAME
 
-LOCK_NAME = ".lock"
 VISIBLE_WITHIN = 20.0  # seconds; a network file system may show a new file late
 LOOKS_EVERY = 0.2
 
