@@ -16,7 +16,6 @@ from typing import Any
 
 import psutil
 import pytest
-from launching import group_members
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "launch" / "train.py"
@@ -45,6 +44,7 @@ class RunningJob:
     process: "subprocess.Popen[bytes]"
     run: Path
     log: Path
+    mark: bytes  # in the environment of all that it has started, whatever group or session that is in
 
     def lines(self, event: str) -> list[dict[str, Any]]:
         """The run's journal."""
@@ -62,10 +62,19 @@ class RunningJob:
         """Wait until so many steps are trained."""
         self.until(lambda: any(line["step"] >= step for line in self.lines("train")))
 
+    def members(self) -> list[int]:
+        """The command and all that it has started and that still runs."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # of zombies, the environment is empty
+                if self.mark in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(int(folder.name))
+        return found
+
     def ranks(self) -> list[psutil.Process]:
         """The processes that train, by their rank."""
         found = {}
-        for pid in group_members(self.process.pid):
+        for pid in self.members():
             with suppress(psutil.Error):
                 process = psutil.Process(pid)
                 words, parent = process.cmdline(), process.parent()
@@ -88,7 +97,7 @@ class RunningJob:
         except subprocess.TimeoutExpired:
             pytest.fail(f"it has not ended\n{self.output()}")
         deadline = time.monotonic() + within
-        while left := group_members(self.process.pid):
+        while left := self.members():
             assert time.monotonic() < deadline, f"{[psutil.Process(pid).cmdline() for pid in left]}\n{self.output()}"
             time.sleep(0.1)
         return code
@@ -101,21 +110,26 @@ class RunningJob:
 @contextmanager
 def running(command: Sequence[str], run: Path, environment: dict[str, str] | None = None) -> Iterator[RunningJob]:
     """A command in a process group of its own, of which nothing is left after the block."""
-    log = run.with_name(f"{run.name}-{next(_numbers)}.log")
+    number = next(_numbers)
+    log = run.with_name(f"{run.name}-{number}.log")
+    mark = f"FCN_DIST_TEST_JOB={os.getpid()}-{number}"
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
             cwd=run.parent,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {}), **dict([mark.split("=")])},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         try:
-            yield RunningJob(process, run, log)
+            job = RunningJob(process, run, log, mark.encode())
+            yield job
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            while left := job.members():
+                for pid in left:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
             process.wait()
 
 

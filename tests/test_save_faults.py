@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -195,7 +196,7 @@ def test_a_full_disk_is_borne_for_some_saves_and_then_ends_the_run_with_its_path
     more = ["--set", "checkpoint.every=2", "--set", "checkpoint.max_failures=2"]
     more += ["--set", f"checkpoint.background={background}", "--set", "model.head_width=64"]
     with running(train_command(packed, run, *more, ranks=2, config="zero2_fp32"), tmp_path / "run") as job:
-        job = RunningJob(job.process, run, job.log)
+        job = replace(job, run=run)
         assert job.ended() == 2, job.output()
     assert failures(job) == 3 and "training goes on (2 of 2 failures allowed)" in job.output()
     assert "No space left on device" in job.output() and str(run / "checkpoints") in job.output()

@@ -93,13 +93,16 @@ def test_deepspeeds_launcher_child_passes_sigterm_on_and_the_state_is_saved(pack
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL])
-@pytest.mark.parametrize("target", ["command", "launcher"])
+@pytest.mark.parametrize(
+    ("target", "number"),
+    [
+        *(("command", number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL)),
+        *(("launcher", number) for number in (signal.SIGUSR1, signal.SIGKILL)),  # it passes SIGTERM on, as above
+    ],
+)
 def test_ranks_whose_launcher_vanishes_save_and_end(
     target: str, number: signal.Signals, packed: Path, tmp_path: Path
 ) -> None:
-    if (target, number) == ("launcher", signal.SIGTERM):
-        pytest.skip("it is passed on, as the test above sees")
     with running(train_command(packed, tmp_path / "run", ranks=2), tmp_path / "run") as job:
         job.until_step(2)
         (job.process if target == "command" else job.launcher()).send_signal(number)
@@ -146,13 +149,20 @@ def test_an_exception_on_one_rank_keeps_its_traceback_and_ends_all(packed: Path,
 
 
 @pytest.mark.slow
-def test_torchrun_signals_all_ranks_at_once(packed: Path, tmp_path: Path) -> None:
-    python = train_command(packed, tmp_path / "run")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_torchrun_is_stopped_saved_and_run_to_the_end(number: signal.Signals, packed: Path, tmp_path: Path) -> None:
+    """It passes SIGTERM on to all ranks at once; SIGUSR1 ends it."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
-    with running([*torchrun, str(free_port()), *python[2:]], tmp_path / "run") as job:
+    run = tmp_path / "run"
+    with running([*torchrun, str(free_port()), *train_command(packed, run, "--auto-resume")[2:]], run) as job:
         job.until_step(2)
-        job.process.terminate()
+        job.process.send_signal(number)
         assert stopped_and_saved(job) != 0
+    last = journal(run, "train")[-1]["step"] + 2
+    more = train_command(packed, run, "--auto-resume", "--steps", str(last))[2:]
+    with running([*torchrun, str(free_port()), *more], run) as job:
+        assert job.ended() == 0, job.output()
+    assert [line["step"] for line in journal(run, "train")] == list(range(1, last + 1))
 
 
 @pytest.mark.slow

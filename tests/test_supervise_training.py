@@ -3,9 +3,7 @@
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import psutil
@@ -15,35 +13,17 @@ from jobs import STARTS_WITHIN, RunningJob, running, train_command
 from fcn_dist.checkpoints.store import open_checkpoint
 from fcn_dist.errors import EXIT_REQUEUE, EXIT_USER_ERROR
 
-END_LIMIT = 30.0  # seconds in which nothing may be left, as users are promised
 
-
-@contextmanager
-def supervised(shards: Path, run: Path, *more: str) -> Iterator[RunningJob]:
-    """`fcn-dist train --ranks 2 ...`; what it starts is in sessions of its own, and ended here with it."""
+def supervised(shards: Path, run: Path, *more: str) -> AbstractContextManager[RunningJob]:
+    """`fcn-dist train --ranks 2 ...`."""
     arguments = train_command(shards, run, *more)[3:]  # without Python and the script
-    command = [sys.executable, "-m", "fcn_dist", "train", "--ranks", "2", *arguments]
-    with running(command, run) as job:
-        try:
-            yield job
-        finally:
-            for process in tree(job):
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-
-
-def tree(job: RunningJob) -> list[psutil.Process]:
-    try:
-        top = psutil.Process(job.process.pid)
-        return [top, *top.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
+    return running([sys.executable, "-m", "fcn_dist", "train", "--ranks", "2", *arguments], run)
 
 
 def ranks(job: RunningJob) -> list[psutil.Process]:
     """By rank; the environment tells a rank from its loader processes, which have that of their rank."""
     found = {}
-    for process in tree(job):
+    for process in map(psutil.Process, job.members()):
         with suppress(psutil.Error):
             environment = process.environ()
             if environment.get("FCN_DIST_RANK_PID") == str(process.pid):
@@ -51,32 +31,21 @@ def ranks(job: RunningJob) -> list[psutil.Process]:
     return [found[rank] for rank in sorted(found)]
 
 
-def gone(job: RunningJob, processes: list[psutil.Process]) -> int:
-    """The command's exit code, once nothing is left of it."""
-    code = job.process.wait(STARTS_WITHIN)
-    deadline = time.monotonic() + END_LIMIT
-    while left := [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]:
-        assert time.monotonic() < deadline, f"{left}\n{job.output()}"
-        time.sleep(0.1)
-    return code
-
-
 @pytest.mark.slow
 def test_a_stopped_training_is_saved_and_the_same_command_finishes_it(packed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with supervised(packed, run, "--auto-resume") as job:
         job.until_step(2)
-        processes = tree(job)
         assert len(ranks(job)) == 2
         job.process.send_signal(signal.SIGUSR1)
-        assert gone(job, processes) == EXIT_REQUEUE, job.output()
+        assert job.ended() == EXIT_REQUEUE, job.output()
     trained = job.lines("train")[-1]["step"]
     assert open_checkpoint(run)[0].state.step == trained
     assert "fcn_dist/" not in job.output(), "a traceback"
     steps = str(trained + 2)
     for _ in range(2):  # the second finds nothing left to do
         with supervised(packed, run, "--auto-resume", "--steps", steps) as job:
-            assert gone(job, tree(job)) == 0, job.output()
+            assert job.ended() == 0, job.output()
     assert [line["step"] for line in job.lines("train")] == list(range(1, trained + 3))
 
 
@@ -86,11 +55,12 @@ def test_nothing_is_left_of_a_training_of_which_a_process_was_killed(target: str
     run = tmp_path / "run"
     with supervised(packed, run, "--set", "checkpoint.every=2") as job:
         job.until(lambda: bool(job.lines("checkpoint")))
-        processes = tree(job)
+        processes = [psutil.Process(pid) for pid in job.members()]
         launcher = next(process for process in processes if "deepspeed.launcher.launch" in process.cmdline())
-        victim = {"rank": ranks(job)[1], "launcher": launcher, "supervisor": processes[0]}[target]
+        supervisor = psutil.Process(job.process.pid)
+        victim = {"rank": ranks(job)[1], "launcher": launcher, "supervisor": supervisor}[target]
         victim.kill()
-        code = gone(job, processes)
+        code = job.ended()
     found, _ = open_checkpoint(run)
     trained = job.lines("train")[-1]["step"]
     if target == "rank":

@@ -12,7 +12,7 @@ from checkpoint_contents import contents, differences
 from launching import run_alone, run_ranks
 from safetensors.torch import load_file
 
-from fcn_dist.checkpoints.store import DEEPSPEED_TAG, checkpoints_dir, open_checkpoint
+from fcn_dist.checkpoints.store import DEEPSPEED_TAG, checkpoints_dir, committed, open_checkpoint, step_of
 from fcn_dist.commands.entry import run_script
 from fcn_dist.data.packing.run import pack
 from fcn_dist.data.synthetic import render
@@ -193,6 +193,18 @@ def test_a_finished_run_is_trained_on_with_more_steps_and_nothing_else_repeated(
     run_alone(TRAIN, [*resume, "--steps", "6"], tmp_path, TIME_LIMIT)
     assert [line["step"] for line in lines(run, "train")] == [1, 2, 3, 4, 5, 6]
     assert open_checkpoint(run)[0].state.recipe["data"]["crop"] == [32, 40]
+
+
+@pytest.mark.slow
+def test_the_best_checkpoints_of_a_run_outlive_newer_ones(shards: Path, recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    more = ["--steps", "6", "--set", "evaluate.every=1", "--set", "evaluate.at_end=true", "--set", "checkpoint.every=1"]
+    more += ["--set", "checkpoint.keep=1", "--set", "checkpoint.keep_best=2", "--set", "checkpoint.keep_every=3"]
+    run_alone(TRAIN, arguments(shards, run, recipe, zero_config(1), *more), tmp_path, TIME_LIMIT)
+    scores = {line["step"]: line["official"]["mean_iou"] for line in lines(run, "evaluate")}
+    assert list(scores) == [1, 2, 3, 4, 5, 6]
+    best = sorted(scores, key=lambda step: (-scores[step], -step))
+    assert {step_of(folder) for folder in committed(run)} == {*best[:2], 3, 6}
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from fcn_dist.commands.train import main as train
+from fcn_dist.commands.train import run_config
 from fcn_dist.console import run_command
 from fcn_dist.ranks import Rank
 from fcn_dist.training import loop, run
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
         buffers = Path(out) / f"{case}.buffers-{Rank.from_environment().index}"
         vars(loop)["average_statistics"] = partial(average_and_write, buffers)
         arguments = ["--shards", shards, "--output", str(Path(out) / case), "--recipe", recipe]
-        train([*arguments, "--deepspeed_config", str(config_path), *resume])
+        run.train(run_config([*arguments, "--deepspeed_config", str(config_path), *resume]))
 
 
 if __name__ == "__main__":

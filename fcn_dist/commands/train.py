@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 
 from fcn_dist.config import Recipe, load_recipe, recipe_from_dict
+from fcn_dist.errors import EarlyEnd
+from fcn_dist.training.collective import leave_ranks
 from fcn_dist.training.deepspeed_config import read_deepspeed_config
 from fcn_dist.training.entry import Start
 from fcn_dist.training.run import RunConfig, train
@@ -11,7 +13,18 @@ from fcn_dist.training.runfolder import RUN_NAME, read_run_record
 
 
 def main(argv: list[str]) -> None:
-    """Parse and train."""
+    """Parse, train, and leave the other ranks in order where all come to their end together."""
+    config = run_config(argv)
+    try:
+        train(config)
+    except EarlyEnd:
+        leave_ranks()
+        raise
+    leave_ranks()
+
+
+def run_config(argv: list[str]) -> RunConfig:
+    """What the command line asks for."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
     parser.add_argument("--shards", required=True, help="folder written by shards/create.py, or its URL")
     parser.add_argument("--output", type=Path, required=True, help="run folder, made by this command")
@@ -34,7 +47,7 @@ def main(argv: list[str]) -> None:
     if begun and options.deepspeed_config is None:
         deepspeed = read_run_record(options.output).deepspeed
     start_from = Start.RESUME if options.resume else Start.AUTO if options.auto_resume else Start.NEW
-    train(RunConfig(options.shards, options.output, recipe, deepspeed, start_from))
+    return RunConfig(options.shards, options.output, recipe, deepspeed, start_from)
 
 
 def _recipe(options: argparse.Namespace, begun: bool) -> Recipe:
