@@ -27,6 +27,7 @@ SOURCES = [
     *(f"{precision}-{stage}" for precision in ("fp32", "bf16") for stage in range(4)),
     *(f"fp16-{stage}-dynamic" for stage in range(4)),
     *("bf16-1-accumulate", "bf16-2-roundrobin", "bf16-2-aligned", "fp32-1-elastic", "fp32-1-sgd"),
+    *("fp32-0-fused", "bf16-0-fused", "bf16-2-fused"),
 ]
 SPECIAL_PAIRS = [
     # bf16 with float32 accumulation has an optimizer of its own.
@@ -35,6 +36,9 @@ SPECIAL_PAIRS = [
     *("bf16-2-roundrobin:bf16-0", "bf16-2:bf16-2-roundrobin"),
     *("bf16-2-aligned:bf16-1", "bf16-3:bf16-2-aligned", "fp32-1-elastic:fp32-2"),
     *("fp32-1-sgd:fp32-3-sgd", "fp32-1-sgd:fp32-0-sgd"),
+    # DeepSpeed's own Adam, which counts its steps in the group, and keeps stage 0 in one flat vector.
+    *("bf16-0-fused:bf16-3-fused", "bf16-2-fused:bf16-0-fused", "fp32-0-fused:fp32-1-fused"),
+    *("bf16-2-fused:bf16-3", "bf16-1:bf16-0-fused"),
     # With a loss scale that moves, from either of its two forms to either.
     *("fp16-0-dynamic:fp16-2-dynamic", "fp16-3-dynamic:fp16-0-dynamic", "fp16-1-dynamic:fp16-3-dynamic"),
 ]

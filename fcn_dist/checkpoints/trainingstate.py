@@ -151,6 +151,8 @@ def _scalars(folder: Path, held: Sequence[Holding]) -> dict[str, float]:
                 found.setdefault(key, set()).add(float(value))
     for key, values in found.items():
         if len(values) > 1:
+            values.discard(0.0)  # of several parameters in a group, DeepSpeed's FusedAdam counts at the last alone
+        if len(values) > 1:
             raise UserError(
                 f"{folder}: the optimizer's {key} is not the same for all parameters ({sorted(values)}), so they "
                 "cannot be laid out anew; continue with the same ranks, ZeRO stage and precision"
