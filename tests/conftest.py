@@ -2,6 +2,7 @@
 
 import io
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -56,15 +57,34 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny shard set: eleven training scenes, so that epochs end inside global batches, and five to validate on."""
     from fcn_dist.data.packing.run import pack
     from fcn_dist.data.synthetic import render
 
-    folder = tmp_path_factory.mktemp("packed")
+    folder = tmp_path_factory.mktemp("shards")
     render(folder / "scenes", training=11, validation=5, size=(48, 64), seed=3)
     pack(folder / "scenes", folder / "packed", samples_per_shard=4)
     return folder / "packed"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """`small_disk(n)` mounts a file system of n kilobytes and returns its folder, or skips the test if none can be."""
+    folder = tmp_path / "disk"
+
+    def mount(kilobytes: int) -> Path:
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+        mounted = subprocess.run(command, capture_output=True, check=False)
+        if mounted.returncode:
+            folder.rmdir()
+            pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+        return folder
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.fixture

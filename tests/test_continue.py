@@ -329,29 +329,16 @@ def test_a_folder_that_cannot_be_written_is_named(scenes: Path, out: Path, monke
         report(scenes, out.parent / "file")
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 160 KB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", folder], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
 def test_a_disk_that_is_really_full_is_survived(
-    scenes: Path, small_disk: Path, whole: dict[str, bytes], tmp_path: Path
+    scenes: Path, small_disk: Callable[[int], Path], whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    (small_disk / "other").write_bytes(bytes(80_000))
+    disk = small_disk(160)
+    (disk / "other").write_bytes(bytes(80_000))
     command = [
         sys.executable,
         CREATE,
         str(scenes),
-        str(small_disk / "out"),
+        str(disk / "out"),
         "--split",
         "training",
         "--samples-per-shard",
@@ -360,14 +347,14 @@ def test_a_disk_that_is_really_full_is_survived(
     done = subprocess.run([*command, "--workers", "2"], capture_output=True, text=True, timeout=LIMIT, check=False)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    assert f"the disk of {small_disk / 'out'} is full" in done.stderr
-    kept = len(receipts(small_disk / "out"))
+    assert f"the disk of {disk / 'out'} is full" in done.stderr
+    kept = len(receipts(disk / "out"))
     assert 0 < kept < 7 and f"the {kept} finished shards are kept" in done.stderr
-    (small_disk / "other").unlink()
+    (disk / "other").unlink()
     again = subprocess.run([*command, "--workers", "2"], capture_output=True, text=True, timeout=LIMIT, check=False)
     assert again.returncode == 0, again.stderr
     assert f"{kept} of 7 shards were finished before" in again.stdout
-    assert tree_bytes(small_disk / "out") == whole
+    assert tree_bytes(disk / "out") == whole
 
 
 def test_a_limit_on_the_size_of_files_is_named(scenes: Path, out: Path) -> None:

@@ -11,10 +11,8 @@ from launching import run_ranks
 
 from fcn_dist.checkpoints.store import checkpoints_dir, open_checkpoint
 from fcn_dist.config import Recipe
-from fcn_dist.data.packing.run import pack
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.stream import SampleStream
-from fcn_dist.data.synthetic import render
 from fcn_dist.errors import EXIT_DIVERGED, UserError
 from fcn_dist.ranks import BatchPlan
 from fcn_dist.training.deepspeed_config import DEFAULT, resolve
@@ -28,15 +26,6 @@ TIME_LIMIT = 300.0  # seconds a launch, of which an idle machine takes a twentie
 SEED, STEPS, MICRO_BATCH = 5, 4, 2
 
 Case = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eleven scenes, so that epochs end inside global batches."""
-    folder = tmp_path_factory.mktemp("shards")
-    render(folder / "scenes", training=11, validation=2, size=(48, 64), seed=3)
-    pack(folder / "scenes", folder / "packed", samples_per_shard=4)
-    return folder / "packed"
 
 
 def case(name: str, stage: int, precision: str, what: str, value: str = "nan", **more: Any) -> Case:

@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 from launching import run_ranks
 
-from fcn_dist.data.packing.run import pack
-from fcn_dist.data.synthetic import render
 from fcn_dist.training.beats import beat_path
 from fcn_dist.training.pace import Pace, find_stragglers
 
@@ -52,14 +50,6 @@ log: {every: 10}
 def test_a_straggler_is_found_with_its_reason(paces: list[tuple[float, float]], found: list[tuple[int, bool]]) -> None:
     stragglers = find_stragglers([Pace(data, computing, 9.0) for data, computing in paces])
     assert [(one.rank, one.waits_for_data) for one in stragglers] == found
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    render(folder / "scenes", training=11, validation=5, size=(48, 64), seed=3)
-    pack(folder / "scenes", folder / "packed", samples_per_shard=4)
-    return folder / "packed"
 
 
 def arguments(shards: Path, folder: Path, stage: int) -> list[str]:

@@ -4,8 +4,7 @@ import json
 import os
 import random
 import shutil
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,12 +40,12 @@ def losses(run: Path) -> dict[int, float]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_rank_killed_at_any_phase_of_a_save_loses_no_more_than_the_steps_since(packed: Path, tmp_path: Path) -> None:
+def test_a_rank_killed_at_any_phase_of_a_save_loses_no_more_than_the_steps_since(shards: Path, tmp_path: Path) -> None:
     """Each of the 24 jobs continues what the one before it left, and is killed in its second save."""
     run, found = tmp_path / "run", 0
     for phase, rank, background in TRIALS:
         options = [*EVERY, "--auto-resume", "--set", f"checkpoint.background={str(background).lower()}"]
-        command = train_command(packed, run, *options, ranks=2, config="zero2_fp32", script=KILL)
+        command = train_command(shards, run, *options, ranks=2, config="zero2_fp32", script=KILL)
         at = command.index(str(KILL)) + 1
         command[at:at] = [phase, str(rank), "2"]
         with running(command, run) as job:
@@ -59,12 +58,12 @@ def test_a_rank_killed_at_any_phase_of_a_save_loses_no_more_than_the_steps_since
         found = checkpoint.state.step
     assert len(TRIALS) == 24
 
-    with running(train_command(packed, run, "--resume", "--steps", str(found + 1), ranks=2), run) as job:
+    with running(train_command(shards, run, "--resume", "--steps", str(found + 1), ranks=2), run) as job:
         assert job.ended() == 0, job.output()
     leftovers = [path.name for path in (run / "checkpoints").iterdir() if path.name.endswith(".partial")]
     assert leftovers == []
     undisturbed = tmp_path / "undisturbed"
-    with running(train_command(packed, undisturbed, "--steps", str(found + 1), ranks=2), undisturbed) as job:
+    with running(train_command(shards, undisturbed, "--steps", str(found + 1), ranks=2), undisturbed) as job:
         assert job.ended() == 0, job.output()
     assert losses(run) == losses(undisturbed)
 
@@ -73,10 +72,10 @@ def test_a_rank_killed_at_any_phase_of_a_save_loses_no_more_than_the_steps_since
 
 
 @pytest.fixture(scope="module")
-def saved(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with the checkpoints of steps 2 and 4, as two ranks write them."""
     run = tmp_path_factory.mktemp("saved") / "run"
-    with running(train_command(packed, run, *EVERY, "--steps", "4", ranks=2, config="zero2_bf16"), run) as job:
+    with running(train_command(shards, run, *EVERY, "--steps", "4", ranks=2, config="zero2_bf16"), run) as job:
         assert job.ended() == 0, job.output()
     return run
 
@@ -133,7 +132,7 @@ def test_of_two_hundred_random_damages_every_one_is_noticed_and_named(saved: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("pointer", ["removed", "empty", "dangling", "older"])
 def test_a_damaged_newest_checkpoint_is_set_aside_and_training_goes_on_from_the_one_before(
-    pointer: str, saved: Path, packed: Path, tmp_path: Path
+    pointer: str, saved: Path, shards: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(saved, run)
@@ -143,7 +142,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_training_goes_on_from_the_
         latest.unlink()
     else:
         latest.write_text({"empty": "", "dangling": "step-00000009\n", "older": "step-00000002\n"}[pointer])
-    with running(train_command(packed, run, "--resume", "--steps", "5", ranks=2, config="zero2_bf16"), run) as job:
+    with running(train_command(shards, run, "--resume", "--steps", "5", ranks=2, config="zero2_bf16"), run) as job:
         assert job.ended() == 0, job.output()
     assert "step-00000004: probe.safetensors differs from its SHA-256" in job.output()
     assert "continuing after step 2" in job.output()
@@ -155,32 +154,18 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_training_goes_on_from_the_
 
 
 @pytest.mark.slow
-def test_auto_resume_never_begins_anew_where_checkpoints_have_been(saved: Path, packed: Path, tmp_path: Path) -> None:
+def test_auto_resume_never_begins_anew_where_checkpoints_have_been(saved: Path, shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(saved, run)
     for folder in committed(run):
         shutil.rmtree(folder)
-    with running(train_command(packed, run, "--auto-resume", config="zero2_bf16"), run) as job:
+    with running(train_command(shards, run, "--auto-resume", config="zero2_bf16"), run) as job:
         assert job.ended() == 2
     assert "has no checkpoint any more, and it had" in job.output()
     assert losses(run) == losses(saved), "nothing is lost"
 
 
 # ---- disks without room ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for one checkpoint of the tiny network, not for two."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4000k", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 def failures(job: RunningJob) -> int:
@@ -190,12 +175,12 @@ def failures(job: RunningJob) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("background", ["true", "false"])
 def test_a_full_disk_is_borne_for_some_saves_and_then_ends_the_run_with_its_path(
-    background: str, small_disk: Path, packed: Path, tmp_path: Path
+    background: str, small_disk: Callable[[int], Path], shards: Path, tmp_path: Path
 ) -> None:
-    run = small_disk / "run"
+    run = small_disk(4000) / "run"  # room for one checkpoint of the tiny network, not for two
     more = ["--set", "checkpoint.every=2", "--set", "checkpoint.max_failures=2"]
     more += ["--set", f"checkpoint.background={background}", "--set", "model.head_width=64"]
-    with running(train_command(packed, run, *more, ranks=2, config="zero2_fp32"), tmp_path / "run") as job:
+    with running(train_command(shards, run, *more, ranks=2, config="zero2_fp32"), tmp_path / "run") as job:
         job = replace(job, run=run)
         assert job.ended() == 2, job.output()
     assert failures(job) == 3 and "training goes on (2 of 2 failures allowed)" in job.output()
@@ -207,7 +192,7 @@ def test_a_full_disk_is_borne_for_some_saves_and_then_ends_the_run_with_its_path
 
 
 @pytest.mark.slow
-def test_a_limit_on_file_size_on_one_rank_alone_is_met_by_all_together(packed: Path, tmp_path: Path) -> None:
+def test_a_limit_on_file_size_on_one_rank_alone_is_met_by_all_together(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     script = tmp_path / "limited.py"
     script.write_text(
@@ -219,14 +204,14 @@ def test_a_limit_on_file_size_on_one_rank_alone_is_met_by_all_together(packed: P
         "sys.exit(run_script('train'))\n"
     )
     more = ["--set", "checkpoint.every=2", "--set", "checkpoint.max_failures=1"]
-    with running(train_command(packed, run, *more, ranks=2, config="zero2_fp32", script=script), run) as job:
+    with running(train_command(shards, run, *more, ranks=2, config="zero2_fp32", script=script), run) as job:
         assert job.ended() == 2, job.output()
     assert failures(job) == 2 and "rank 1: [Errno 27] File too large" in job.output()
     assert [line["step"] for line in journal(run, "train")] == [1, 2, 3, 4, 5]
     with pytest.raises(UserError, match="no checkpoint yet"):
         open_checkpoint(run)
     # It is provably fresh, so the same command may begin anew.
-    with running(train_command(packed, run, "--auto-resume", "--steps", "2", ranks=2), run) as job:
+    with running(train_command(shards, run, "--auto-resume", "--steps", "2", ranks=2), run) as job:
         assert job.ended() == 0, job.output()
 
 
@@ -234,12 +219,12 @@ def test_a_limit_on_file_size_on_one_rank_alone_is_met_by_all_together(packed: P
 
 
 @pytest.mark.slow
-def test_a_second_job_in_one_run_folder_is_refused_until_the_first_is_gone(packed: Path, tmp_path: Path) -> None:
+def test_a_second_job_in_one_run_folder_is_refused_until_the_first_is_gone(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = train_command(packed, run, "--auto-resume", "--set", "checkpoint.every=2")
+    command = train_command(shards, run, "--auto-resume", "--set", "checkpoint.every=2")
     with running(command, run) as first:
         first.until(lambda: bool(first.lines("checkpoint")))
-        with running(train_command(packed, run, "--resume"), run) as second:
+        with running(train_command(shards, run, "--resume"), run) as second:
             assert second.ended() == 2
         assert f"{run} is in use by process {first.ranks()[0].pid} on " in second.output()
         first.until_step(max(line["step"] for line in first.lines("train")) + 2)  # and is not disturbed
@@ -252,7 +237,7 @@ def test_a_second_job_in_one_run_folder_is_refused_until_the_first_is_gone(packe
 
 
 @pytest.mark.slow
-def test_ranks_that_do_not_share_the_run_folder_are_refused_before_they_train(packed: Path, tmp_path: Path) -> None:
+def test_ranks_that_do_not_share_the_run_folder_are_refused_before_they_train(shards: Path, tmp_path: Path) -> None:
     """As on nodes whose disks are their own: each rank would keep its part of a checkpoint to itself."""
     run = tmp_path / "run"
     script = tmp_path / "apart.py"
@@ -266,7 +251,7 @@ def test_ranks_that_do_not_share_the_run_folder_are_refused_before_they_train(pa
         "sys.argv[at] += os.environ['RANK']\n"
         "sys.exit(run_script('train'))\n"
     )
-    with running(train_command(packed, run, ranks=2, script=script), run) as job:
+    with running(train_command(shards, run, ranks=2, script=script), run) as job:
         assert job.ended() == 2, job.output()
     assert "rank 1 on " in job.output() and "one folder that all nodes share is needed" in job.output()
     assert not journal(tmp_path / "run0", "start") and not journal(tmp_path / "run1", "start")

@@ -28,9 +28,9 @@ def stopped_and_saved(job: RunningJob, within: float = ENDS_WITHIN) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_process_without_a_launcher_saves_and_asks_to_be_started_again(
-    number: signal.Signals, packed: Path, tmp_path: Path
+    number: signal.Signals, shards: Path, tmp_path: Path
 ) -> None:
-    with running(train_command(packed, tmp_path / "run"), tmp_path / "run") as job:
+    with running(train_command(shards, tmp_path / "run"), tmp_path / "run") as job:
         job.until_step(2)
         job.process.send_signal(number)
         job.process.send_signal(number)  # a second one does no harm
@@ -39,8 +39,8 @@ def test_a_process_without_a_launcher_saves_and_asks_to_be_started_again(
 
 
 @pytest.mark.slow
-def test_nohup_is_heeded(packed: Path, tmp_path: Path) -> None:
-    command = ["nohup", *train_command(packed, tmp_path / "run", "--steps", "60")]
+def test_nohup_is_heeded(shards: Path, tmp_path: Path) -> None:
+    command = ["nohup", *train_command(shards, tmp_path / "run", "--steps", "60")]
     with running(command, tmp_path / "run") as job:
         job.until_step(2)
         job.process.send_signal(signal.SIGHUP)
@@ -50,9 +50,9 @@ def test_nohup_is_heeded(packed: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "number"), [(0, signal.SIGUSR1), (1, signal.SIGTERM)])
 def test_a_signal_to_one_rank_stops_all_at_one_step(
-    target: int, number: signal.Signals, packed: Path, tmp_path: Path
+    target: int, number: signal.Signals, shards: Path, tmp_path: Path
 ) -> None:
-    with running(train_command(packed, tmp_path / "run", ranks=2), tmp_path / "run") as job:
+    with running(train_command(shards, tmp_path / "run", ranks=2), tmp_path / "run") as job:
         job.until_step(2)
         job.ranks()[target].send_signal(number)
         assert stopped_and_saved(job) == EXIT_REQUEUE
@@ -63,17 +63,17 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_whole_group_saves_although_it_reaches_the_loaders_as_well(
-    number: signal.Signals, packed: Path, tmp_path: Path
+    number: signal.Signals, shards: Path, tmp_path: Path
 ) -> None:
-    with running(train_command(packed, tmp_path / "run", ranks=2), tmp_path / "run") as job:
+    with running(train_command(shards, tmp_path / "run", ranks=2), tmp_path / "run") as job:
         job.until_step(2)
         os.killpg(job.process.pid, number)
         assert stopped_and_saved(job) != 0
 
 
 @pytest.mark.slow
-def test_a_signal_to_the_loader_processes_alone_is_passed_over(packed: Path, tmp_path: Path) -> None:
-    with running(train_command(packed, tmp_path / "run", "--steps", "60"), tmp_path / "run") as job:
+def test_a_signal_to_the_loader_processes_alone_is_passed_over(shards: Path, tmp_path: Path) -> None:
+    with running(train_command(shards, tmp_path / "run", "--steps", "60"), tmp_path / "run") as job:
         job.until_step(2)
         (rank,) = job.ranks()
         (loader,) = rank.children()
@@ -84,9 +84,9 @@ def test_a_signal_to_the_loader_processes_alone_is_passed_over(packed: Path, tmp
 
 
 @pytest.mark.slow
-def test_deepspeeds_launcher_child_passes_sigterm_on_and_the_state_is_saved(packed: Path, tmp_path: Path) -> None:
+def test_deepspeeds_launcher_child_passes_sigterm_on_and_the_state_is_saved(shards: Path, tmp_path: Path) -> None:
     """It signals the ranks one after another, the loaders of a rank before the rank."""
-    with running(train_command(packed, tmp_path / "run", ranks=2), tmp_path / "run") as job:
+    with running(train_command(shards, tmp_path / "run", ranks=2), tmp_path / "run") as job:
         job.until_step(2)
         job.launcher().terminate()
         assert stopped_and_saved(job) == 1  # its own code, whatever the ranks' is
@@ -101,9 +101,9 @@ def test_deepspeeds_launcher_child_passes_sigterm_on_and_the_state_is_saved(pack
     ],
 )
 def test_ranks_whose_launcher_vanishes_save_and_end(
-    target: str, number: signal.Signals, packed: Path, tmp_path: Path
+    target: str, number: signal.Signals, shards: Path, tmp_path: Path
 ) -> None:
-    with running(train_command(packed, tmp_path / "run", ranks=2), tmp_path / "run") as job:
+    with running(train_command(shards, tmp_path / "run", ranks=2), tmp_path / "run") as job:
         job.until_step(2)
         (job.process if target == "command" else job.launcher()).send_signal(number)
         code = stopped_and_saved(job)
@@ -113,8 +113,8 @@ def test_ranks_whose_launcher_vanishes_save_and_end(
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_others_and_leaves_what_was_committed(packed: Path, tmp_path: Path) -> None:
-    command = train_command(packed, tmp_path / "run", "--set", "checkpoint.every=2", ranks=2)
+def test_a_killed_rank_ends_the_others_and_leaves_what_was_committed(shards: Path, tmp_path: Path) -> None:
+    command = train_command(shards, tmp_path / "run", "--set", "checkpoint.every=2", ranks=2)
     with running(command, tmp_path / "run") as job:
         job.until(lambda: bool(job.lines("checkpoint")))
         job.ranks()[1].kill()
@@ -125,7 +125,7 @@ def test_a_killed_rank_ends_the_others_and_leaves_what_was_committed(packed: Pat
 
 
 @pytest.mark.slow
-def test_an_exception_on_one_rank_keeps_its_traceback_and_ends_all(packed: Path, tmp_path: Path) -> None:
+def test_an_exception_on_one_rank_keeps_its_traceback_and_ends_all(shards: Path, tmp_path: Path) -> None:
     script = tmp_path / "broken.py"
     script.write_text(
         "import os, sys\n"
@@ -140,7 +140,7 @@ def test_an_exception_on_one_rank_keeps_its_traceback_and_ends_all(packed: Path,
         "loop.to_device = broken\n"
         "sys.exit(run_script('train'))\n"
     )
-    command = train_command(packed, tmp_path / "run", "--set", "checkpoint.every=1", ranks=2, script=script)
+    command = train_command(shards, tmp_path / "run", "--set", "checkpoint.every=1", ranks=2, script=script)
     with running(command, tmp_path / "run") as job:
         assert job.ended() == 1, job.output()
     assert "KeyError: 'a bug'" in job.output()
@@ -150,25 +150,25 @@ def test_an_exception_on_one_rank_keeps_its_traceback_and_ends_all(packed: Path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_torchrun_is_stopped_saved_and_run_to_the_end(number: signal.Signals, packed: Path, tmp_path: Path) -> None:
+def test_torchrun_is_stopped_saved_and_run_to_the_end(number: signal.Signals, shards: Path, tmp_path: Path) -> None:
     """It passes SIGTERM on to all ranks at once; SIGUSR1 ends it."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
     run = tmp_path / "run"
-    with running([*torchrun, str(free_port()), *train_command(packed, run, "--auto-resume")[2:]], run) as job:
+    with running([*torchrun, str(free_port()), *train_command(shards, run, "--auto-resume")[2:]], run) as job:
         job.until_step(2)
         job.process.send_signal(number)
         assert stopped_and_saved(job) != 0
     last = journal(run, "train")[-1]["step"] + 2
-    more = train_command(packed, run, "--auto-resume", "--steps", str(last))[2:]
+    more = train_command(shards, run, "--auto-resume", "--steps", str(last))[2:]
     with running([*torchrun, str(free_port()), *more], run) as job:
         assert job.ended() == 0, job.output()
     assert [line["step"] for line in journal(run, "train")] == list(range(1, last + 1))
 
 
 @pytest.mark.slow
-def test_a_stop_before_the_first_step_saves_nothing_and_the_same_command_begins(packed: Path, tmp_path: Path) -> None:
+def test_a_stop_before_the_first_step_saves_nothing_and_the_same_command_begins(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = train_command(packed, run, "--auto-resume", "--steps", "3")
+    command = train_command(shards, run, "--auto-resume", "--steps", "3")
     with running(command, run) as job:
         job.until(lambda: (run / ".lock").exists())
         job.process.terminate()

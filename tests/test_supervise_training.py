@@ -32,9 +32,9 @@ def ranks(job: RunningJob) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-def test_a_stopped_training_is_saved_and_the_same_command_finishes_it(packed: Path, tmp_path: Path) -> None:
+def test_a_stopped_training_is_saved_and_the_same_command_finishes_it(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with supervised(packed, run, "--auto-resume") as job:
+    with supervised(shards, run, "--auto-resume") as job:
         job.until_step(2)
         assert len(ranks(job)) == 2
         job.process.send_signal(signal.SIGUSR1)
@@ -44,16 +44,16 @@ def test_a_stopped_training_is_saved_and_the_same_command_finishes_it(packed: Pa
     assert "fcn_dist/" not in job.output(), "a traceback"
     steps = str(trained + 2)
     for _ in range(2):  # the second finds nothing left to do
-        with supervised(packed, run, "--auto-resume", "--steps", steps) as job:
+        with supervised(shards, run, "--auto-resume", "--steps", steps) as job:
             assert job.ended() == 0, job.output()
     assert [line["step"] for line in job.lines("train")] == list(range(1, trained + 3))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["rank", "launcher", "supervisor"])
-def test_nothing_is_left_of_a_training_of_which_a_process_was_killed(target: str, packed: Path, tmp_path: Path) -> None:
+def test_nothing_is_left_of_a_training_of_which_a_process_was_killed(target: str, shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with supervised(packed, run, "--set", "checkpoint.every=2") as job:
+    with supervised(shards, run, "--set", "checkpoint.every=2") as job:
         job.until(lambda: bool(job.lines("checkpoint")))
         processes = [psutil.Process(pid) for pid in job.members()]
         launcher = next(process for process in processes if "deepspeed.launcher.launch" in process.cmdline())
@@ -81,8 +81,8 @@ def fcn_dist(*arguments: str, **environment: str) -> "subprocess.CompletedProces
 
 
 @pytest.mark.slow
-def test_what_a_user_can_fix_ends_in_2_from_all_ranks(packed: Path, tmp_path: Path) -> None:
-    arguments = ["--shards", str(packed), "--output", str(tmp_path / "run"), "--set", "model.wdth=1"]
+def test_what_a_user_can_fix_ends_in_2_from_all_ranks(shards: Path, tmp_path: Path) -> None:
+    arguments = ["--shards", str(shards), "--output", str(tmp_path / "run"), "--set", "model.wdth=1"]
     done = fcn_dist("train", "--ranks", "2", *arguments)
     assert done.returncode == 2
     assert done.stderr.count("unknown recipe key model.wdth") == 1

@@ -14,8 +14,6 @@ from safetensors.torch import load_file
 
 from fcn_dist.checkpoints.store import DEEPSPEED_TAG, checkpoints_dir, committed, open_checkpoint, step_of
 from fcn_dist.commands.entry import run_script
-from fcn_dist.data.packing.run import pack
-from fcn_dist.data.synthetic import render
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "launch" / "train.py"
@@ -33,15 +31,6 @@ evaluate: {at_end: false}
 checkpoint: {every: 2}
 log: {every: 1}
 """
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eleven training scenes, so that epochs end inside global batches, and five to validate on."""
-    folder = tmp_path_factory.mktemp("shards")
-    render(folder / "scenes", training=11, validation=5, size=(48, 64), seed=3)
-    pack(folder / "scenes", folder / "packed", samples_per_shard=4)
-    return folder / "packed"
 
 
 @pytest.fixture

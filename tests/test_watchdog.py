@@ -18,8 +18,6 @@ from launching import group_members, run_alone, run_ranks
 
 from fcn_dist.checkpoints.store import open_checkpoint
 from fcn_dist.config import TrainConfig
-from fcn_dist.data.packing.run import pack
-from fcn_dist.data.synthetic import render
 from fcn_dist.errors import EXIT_STUCK, UserError
 from fcn_dist.training.beats import Beat, Process, beat_path, read_beat, stack_of, this_process, write_beat
 from fcn_dist.training.phases import Phase, PhaseClock
@@ -135,14 +133,6 @@ def test_a_limit_too_short_to_be_kept_is_refused(value: float) -> None:
     assert TrainConfig(watchdog=0).watchdog == 0
     with pytest.raises(UserError, match=r"train\.watchdog is .*; needed: 5 s or more, or 0"):
         TrainConfig(watchdog=value)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    render(folder / "scenes", training=11, validation=5, size=(48, 64), seed=3)
-    pack(folder / "scenes", folder / "packed", samples_per_shard=4)
-    return folder / "packed"
 
 
 def arguments(shards: Path, folder: Path, stage: int, *overrides: str) -> list[str]:
