@@ -11,12 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fcn_dist.checkpoints import store
 from fcn_dist.commands.entry import run_script
 from fcn_dist.data.crops import CropReader
 from fcn_dist.model.fcn import FCN
 from fcn_dist.scoring import evaluate as scoring
-from fcn_dist.training import loop
+from fcn_dist.training import keeper, loop
 
 
 class Hinder:
@@ -65,7 +64,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "forward": (FCN, "forward"),
     "backward": (loop, "summed_cross_entropy"),
     "evaluate": (scoring, "argmax_upsampled"),
-    "save": (store, "commit"),
+    "save": (keeper, "commit"),
 }
 
 if __name__ == "__main__":

@@ -51,8 +51,9 @@ def listing(job, engine, intake, *rest):
             steps[-1] += [(p, shards.key(i)) for p, i in zip(batch.positions, samples)]
         return taken
     intake.take = listed
-    train_steps(job, engine, intake, *rest)
+    done = train_steps(job, engine, intake, *rest)
     Path(f"rank{job.rank.index}.json").write_text(json.dumps(steps))
+    return done
 
 run.train_steps = listing
 sys.exit(run_script("train"))
