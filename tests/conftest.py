@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,12 @@ HEIGHT, WIDTH = 24, 32  # of the scenes that make_scenes draws by default
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run tests marked slow as well")
+
+
+def pytest_configure() -> None:
+    # Started in the background, a shell has these ignored, and so would every process that a test starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -20,7 +20,7 @@ from fcn_dist.data.synthetic import render
 from fcn_dist.errors import UserError
 from fcn_dist.model.batchnorm import BatchNorm2d
 from fcn_dist.model.description import ModelDescription
-from fcn_dist.model.fcn import FCN
+from fcn_dist.model.fcn import FCN, fuse
 from fcn_dist.model.preprocess import TORCHVISION
 from fcn_dist.training.schedule import parameter_groups
 
@@ -171,7 +171,9 @@ def test_scores_are_those_of_the_network_written_out(backbone: str) -> None:
             x = F.max_pool2d(x, 2)
             pools.append(x)
     with torch.no_grad():
-        wanted = model.fuse(model.score_fr(model.head(x, None)), pools[3], pools[2])
+        assert model.score_pool4 is not None and model.score_pool3 is not None
+        skips = {4: model.score_pool4(pools[3]), 3: model.score_pool3(pools[2])}
+        wanted = fuse(model.score_fr(model.head(x, [])), skips)
         found = model(images(), coarse=True)
     assert found.abs().max() > 1e-3
     # Pixels are normalised in float32 whatever the weights are.

@@ -1,11 +1,12 @@
-"""Keyed dropout: a mask belongs to a sample and a layer, and to nothing else."""
+"""ReLU and keyed dropout: a mask belongs to a sample and a layer, and to nothing else."""
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fcn_dist.config import ModelConfig
-from fcn_dist.model.dropout import keyed_dropout
+from fcn_dist.model.dropout import drawn_keys, relu_dropout
 from fcn_dist.model.fcn import FCN
 
 
@@ -14,14 +15,14 @@ def ones(batch: int) -> Tensor:
 
 
 def test_a_key_s_mask_is_the_same_at_any_place_of_any_batch() -> None:
-    alone = keyed_dropout(ones(1), 0.5, [42], 6)[0]
-    assert torch.equal(keyed_dropout(ones(3), 0.5, [7, 42, 9], 6)[1], alone)
+    alone = relu_dropout(ones(1), 0.5, [42], 6)[0]
+    assert torch.equal(relu_dropout(ones(3), 0.5, [7, 42, 9], 6)[1], alone)
     torch.rand(5)  # whatever else was drawn
-    assert torch.equal(keyed_dropout(ones(2), 0.5, [42, 1], 6)[0], alone)
+    assert torch.equal(relu_dropout(ones(2), 0.5, [42, 1], 6)[0], alone)
 
 
 def test_masks_differ_between_keys_and_between_layers() -> None:
-    masks = [keyed_dropout(ones(1), 0.5, [key], layer) for key in (0, 1, 2**63, 2**64 - 1) for layer in (6, 7)]
+    masks = [relu_dropout(ones(1), 0.5, [key], layer) for key in (0, 1, 2**63, 2**64 - 1) for layer in (6, 7)]
     for number, mask in enumerate(masks):
         for other in masks[:number]:
             # Two independent masks agree at half of the places.
@@ -29,55 +30,68 @@ def test_masks_differ_between_keys_and_between_layers() -> None:
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("keys", [list(range(20)), None])
-def test_the_share_kept_is_right_and_so_is_the_mean(probability: float, keys: list[int] | None) -> None:
-    torch.manual_seed(0)
-    x = torch.ones(20, 64, 8, 8)
-    dropped = keyed_dropout(x, probability, keys, 6)
+@pytest.mark.parametrize("keys", [list(range(20)), drawn_keys(20)])
+def test_the_share_kept_is_right_and_so_is_the_mean(probability: float, keys: list[int]) -> None:
+    dropped = relu_dropout(torch.ones(20, 64, 8, 8), probability, keys, 6)
     kept = dropped != 0
     assert abs(kept.float().mean() - (1 - probability)) < 0.01
     torch.testing.assert_close(dropped[kept], torch.full_like(dropped[kept], 1 / (1 - probability)))
     assert abs(dropped.mean() - 1) < 0.05
 
 
-@pytest.mark.parametrize("keys", [[1, 2], None])
-def test_gradients_pass_where_values_did(keys: list[int] | None) -> None:
-    x = ones(2).requires_grad_()
-    y = keyed_dropout(x, 0.25, keys, 6)
-    torch.autograd.backward(y.sum())
-    assert x.grad is not None
-    assert torch.equal(x.grad, y.detach())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_and_gradients_are_those_of_torch_s_relu_times_the_mask(dtype: torch.dtype) -> None:
+    kept = relu_dropout(ones(3), 0.25, [1, 2, 3], 6) > 0
+    x = (torch.randn(3, 16, 9, 7) - 0.2).to(dtype)
+    x[:, ::5] = 0
+    passed = torch.randn(3, 16, 9, 7).to(dtype)
+    found, wanted = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, z = relu_dropout(found * 1, 0.25, [1, 2, 3], 6), F.relu(wanted) * kept * (1 / 0.75)
+    assert torch.equal(y, z)
+    torch.autograd.backward([y, z], [passed, passed])
+    assert found.grad is not None and wanted.grad is not None
+    assert torch.equal(found.grad, wanted.grad)
 
 
-def test_without_keys_torch_s_own_generator_draws() -> None:
+def test_what_is_not_a_number_stays_so_and_reaches_the_gradient() -> None:
+    x = ones(1)
+    x[0, 0] = torch.nan
+    x.requires_grad_()
+    y = relu_dropout(x * 1, 0.5, [1], 6)
+    assert y[0, 0].isnan().any() and not y[0, 1:].isnan().any()
+    torch.autograd.backward(y, torch.full_like(y, torch.nan))
+    assert x.grad is not None and torch.equal(x.grad.isnan(), y != 0)
+
+
+def test_drawn_keys_come_from_torch_s_own_generator() -> None:
     torch.manual_seed(3)
-    one, other = keyed_dropout(ones(1), 0.5, None, 6), keyed_dropout(ones(1), 0.5, None, 6)
-    assert not torch.equal(one, other)
+    one, other = drawn_keys(4), drawn_keys(4)
+    assert len({*one, *other}) == 8
     torch.manual_seed(3)
-    assert torch.equal(keyed_dropout(ones(1), 0.5, None, 6), one)
+    assert drawn_keys(4) == one
 
 
 def test_keys_leave_torch_s_own_generator_alone() -> None:
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    keyed_dropout(ones(2), 0.5, [1, 2], 6)
+    relu_dropout(ones(2), 0.5, [1, 2], 6)
     assert torch.equal(torch.rand(4), expected)
 
 
-def test_probability_zero_changes_nothing() -> None:
-    x = ones(2)
-    assert torch.equal(keyed_dropout(x, 0.0, [1, 2], 6), x)
+def test_probability_zero_is_a_relu() -> None:
+    x = torch.randn(2, 16, 9, 7)
+    assert torch.equal(relu_dropout(x.clone(), 0.0, [], 6), F.relu(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_stays_low_precision(dtype: torch.dtype) -> None:
-    assert keyed_dropout(ones(1).to(dtype), 0.5, [1], 6).dtype == dtype
+    assert relu_dropout(ones(1).to(dtype), 0.5, [1], 6).dtype == dtype
 
 
 def test_a_key_for_each_image_is_needed() -> None:
     with pytest.raises(AssertionError):
-        keyed_dropout(ones(2), 0.5, [1], 6)
+        relu_dropout(ones(2), 0.5, [1], 6)
 
 
 def network() -> tuple[FCN, Tensor]:

@@ -92,14 +92,14 @@ def test_a_rank_slowed_by_200_ms_a_step_is_named_once_with_the_reason(
 
 @contextmanager
 def in_stops_and_starts(pid: int) -> Iterator[None]:
-    """Let a process run for half of the time only."""
+    """Let a process run for a quarter of the time only."""
     over = threading.Event()
 
     def beat() -> None:
         with suppress(ProcessLookupError):
             while not over.is_set():
                 os.kill(pid, signal.SIGSTOP)
-                time.sleep(0.1)
+                time.sleep(0.3)
                 os.kill(pid, signal.SIGCONT)
                 time.sleep(0.1)
 

@@ -53,7 +53,7 @@ def test_the_trunk_and_the_classifier_go_where_they_belong() -> None:
     hidden = (pooled.flatten(1) @ state["classifier.0.weight"].T + state["classifier.0.bias"]).relu()
     hidden = (hidden @ state["classifier.3.weight"].T + state["classifier.3.bias"]).relu()
     with torch.no_grad():
-        found = model.eval().head(pooled, None)[:, :, 3, 3]
+        found = model.eval().head(pooled, [])[:, :, 3, 3]
     torch.testing.assert_close(found, hidden, rtol=1e-4, atol=1e-3)
 
 

@@ -198,9 +198,12 @@ def test_ranks_that_hear_nothing_are_killed(target: str, code: int, tmp_path: Pa
 def test_a_job_that_is_stopped_before_its_ranks_are_there_leaves_nothing(signum: int, tmp_path: Path) -> None:
     with running(tmp_path, wait=False) as job:
         until(lambda: "deepspeed.launcher.runner" in str([p.cmdline() for p in job.processes()]), 30, "a runner")
+        runner = job.find("runner")
+        runner.suspend()  # or the ranks might be there before the signal
         remember_job_folder(job)
         processes = job.processes()
         job.supervisor.send_signal(signum)
+        runner.resume()
         assert ended(job, processes) == (EXIT_REQUEUE if signum == signal.SIGTERM else -signum)
         assert not (tmp_path / "0.signals").exists()
 

@@ -26,6 +26,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
+    moving: bool = True  # whether a forward in training moves the running statistics
 
     def forward(self, x_BChw: Tensor) -> Tensor:
         """Normalise by the micro-batch in training, by the running statistics in evaluation; the dtype stays.
@@ -45,6 +46,8 @@ class BatchNorm2d(nn.BatchNorm2d):
             )
         assert self.momentum is not None
         normalised = F.batch_norm(x_BChw, mean_C, variance_C, weight, bias, True, self.momentum, self.eps)
+        if not self.moving:
+            return normalised
         with torch.no_grad():
             finite = mean_C.isfinite().all() & variance_C.isfinite().all()
             self.running_mean.copy_(torch.where(finite, mean_C, self.running_mean))

@@ -1,28 +1,54 @@
-"""Dropout whose mask is a function of the sample, so that ranks, micro-batches and restarts do not change it."""
+"""Dropout whose mask is a function of the sample, so that ranks, micro-batches and restarts do not change it.
+
+Shapes: B images, C channels, h x w cells.
+"""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fcn_dist.keys import Purpose, key64
 
 
-def keyed_dropout(x_BChw: Tensor, probability: float, keys: Sequence[int] | None, layer: int) -> Tensor:
-    """Zero elements with `probability` and scale the rest by 1 / (1 - probability).
+def relu_dropout(x_BChw: Tensor, probability: float, keys: Sequence[int], layer: int) -> Tensor:
+    """ReLU, then zero elements with `probability` and scale the rest by 1 / (1 - probability); overwrites `x`.
 
-    `keys` holds one 64-bit key an image, from (seed, position); None draws from torch's own generator.
+    `keys` holds one 64-bit key an image, from (seed, position). Backward needs the result alone: an element of it is
+    above zero just where gradient passes.
     """
     if probability == 0:
-        return x_BChw
-    if keys is None:
-        return F.dropout(x_BChw, probability, training=True)
+        return F.relu(x_BChw, inplace=True)
     assert len(keys) == len(x_BChw)
-    kept = torch.empty(x_BChw.shape, dtype=torch.bool, device=x_BChw.device)
-    generator = torch.Generator(x_BChw.device)
-    for image, key in enumerate(keys):
-        generator.manual_seed(key64(Purpose.DROPOUT, key, layer))
-        noise = torch.rand(x_BChw.shape[1:], generator=generator, device=x_BChw.device)
-        torch.ge(noise, probability, out=kept[image])
-    return x_BChw * kept * (1 / (1 - probability))
+    result: Tensor = _ReLUDropout.apply(x_BChw, probability, keys, layer)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _ReLUDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, probability: float, keys: Sequence[int], layer: int) -> Tensor:
+        ctx.mark_dirty(x)
+        ctx.scale = 1 / (1 - probability)
+        x.relu_()
+        generator = torch.Generator(x.device)
+        for image, key in zip(x, keys, strict=True):
+            generator.manual_seed(key64(Purpose.DROPOUT, key, layer))
+            noise = torch.rand(image.shape, generator=generator, device=x.device)
+            image.masked_fill_(noise < probability, 0)
+        x *= ctx.scale
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (result,) = ctx.saved_tensors
+        return (gradient * ctx.scale).masked_fill_(result <= 0, 0), None, None, None
+
+
+def drawn_keys(count: int) -> list[int]:
+    """Keys from torch's global generator, for callers that have no samples to name."""
+    return [int(key) for key in torch.randint(2**63 - 1, (count,))]

@@ -6,7 +6,7 @@ Geometry "same": every convolution is padded to keep its size and pooling rounds
 pixels [s*i, s*(i+1)), maps of different stride stay aligned at their top left corner, and any image size works.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 import torch
@@ -15,14 +15,21 @@ from torch.nn import functional as F
 
 from fcn_dist.config import BACKBONES, ModelConfig
 from fcn_dist.model.batchnorm import BatchNorm2d
-from fcn_dist.model.dropout import keyed_dropout
+from fcn_dist.model.dropout import drawn_keys, relu_dropout
 from fcn_dist.model.preprocess import TORCHVISION, Preprocessing, normalise
+from fcn_dist.model.recompute import recomputed
+from fcn_dist.model.relupool import ReLUPool
 from fcn_dist.model.upsampling import upsample
 
 # Convolutions and their channels in each of the five stages (Simonyan & Zisserman 2015, table 1, D and E).
 STAGE_CHANNELS = (64, 128, 256, 512, 512)
 STAGE_CONVOLUTIONS = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
 HEAD_CHANNELS = 4096
+HEAD_STAGE = 6  # fc6 and fc7, after the five of the trunk
+SKIP_STAGES = (4, 3)  # whose pooled maps are scored as well, coarsest first
+# Stages recomputed as one part, by a few images: where nearly all the memory is. The weights beyond are so many
+# that summing their gradients would cost more than their activations are worth.
+EARLY_STAGES = 3
 STRIDES = {"fcn8s": 8, "fcn16s": 16, "fcn32s": 32}
 # The at-once form's fixed scales, for pool4 and pool3 (voc-fcn8s-atonce/net.py of the Caffe release).
 AT_ONCE_SCALES = (0.01, 0.0001)
@@ -55,9 +62,16 @@ class FCN(nn.Module):
         self.fc6 = nn.Conv2d(channels[4], head, 7, padding=3)
         self.fc7 = nn.Conv2d(head, head, 1)
         self.score_fr = nn.Conv2d(head, num_outputs, 1)
-        self.score_pool4 = nn.Conv2d(channels[3], num_outputs, 1) if self.stride <= 16 else None
-        self.score_pool3 = nn.Conv2d(channels[2], num_outputs, 1) if self.stride <= 8 else None
+        scale4, scale3 = AT_ONCE_SCALES if config.at_once else (1.0, 1.0)
+        self.score_pool4 = Score(channels[3], num_outputs, scale4) if self.stride <= 16 else None
+        self.score_pool3 = Score(channels[2], num_outputs, scale3) if self.stride <= 8 else None
+        # In training, see recompute.py: how many of the first stages, and images at once in the early ones (0: all).
+        self.recompute_stages, self.recompute_images = 0, 0
         self.reset_parameters()
+        for parameter in self.parameters():
+            # As convolutions of channels_last activations return their gradients, which are then not copied.
+            if parameter.dim() == 4 and parameter.shape[-1] > 1:
+                parameter.data = parameter.data.to(memory_format=torch.channels_last)
         self.freeze(config.frozen_stages)
 
     def reset_parameters(self) -> None:
@@ -77,8 +91,7 @@ class FCN(nn.Module):
 
         Their batch normalisation is that of evaluation from now on.
         """
-        ends = [i for i, layer in enumerate(self.features, start=1) if isinstance(layer, nn.MaxPool2d)]
-        self._frozen = list(self.features)[: ends[stages - 1] if stages else 0]
+        self._frozen = [layer for stage in self.stages()[:stages] for layer in stage]
         for layer in self._frozen:
             layer.requires_grad_(False).eval()
 
@@ -92,37 +105,88 @@ class FCN(nn.Module):
     def forward(self, images_BHW3: Tensor, coarse: bool = False, dropout_keys: Sequence[int] | None = None) -> Tensor:
         """Scores (B, C, H, W) of RGB images in 0-255 (uint8 or floating), or (B, C, h, w) if `coarse`.
 
-        In training mode, dropout draws from `dropout_keys`, one 64-bit key an image, or if None from torch's
-        global generator.
+        In training mode, dropout draws from `dropout_keys`, one 64-bit key an image; None: keys from torch's global
+        generator.
         """
         size = (images_BHW3.shape[1], images_BHW3.shape[2])
-        x = normalise(images_BHW3, self.preprocessing, self.score_fr.weight.dtype)
-        pools = []
-        for layer in self.features:
-            x = layer(x)
-            if isinstance(layer, nn.MaxPool2d):
-                pools.append(x)
-        scores = self.fuse(self.score_fr(self.head(x, dropout_keys)), pool4=pools[3], pool3=pools[2])
+        if dropout_keys is None:
+            dropout_keys = drawn_keys(len(images_BHW3)) if self.training and self.config.dropout else []
+        skips: dict[int, Tensor] = {}
+        x, stages = images_BHW3, self.stages()
+        for numbers in self.parts():
+            layers = [layer for number in numbers for layer in stages[number - 1]]
+            x = self.run(lambda x, layers=layers: self.through(layers, x), layers, x, numbers[-1])  # type: ignore[misc]
+            score = {4: self.score_pool4, 3: self.score_pool3}.get(numbers[-1])
+            if score is not None:
+                # At once: backward goes the other way, and would otherwise hold its gradient through the whole head.
+                skips[numbers[-1]] = score(x)
+        x = self.run(lambda x: self.head(x, dropout_keys), [self.fc6, self.fc7], x, HEAD_STAGE)
+        scores = fuse(self.score_fr(x), skips)
         return scores if coarse else upsample(scores, size, self.stride)
 
-    def head(self, x: Tensor, dropout_keys: Sequence[int] | None) -> Tensor:
+    def stages(self) -> list[list[nn.Module]]:
+        """The layers of the trunk's five stages."""
+        stages: list[list[nn.Module]] = [[]]
+        for layer in self.features:
+            stages[-1].append(layer)
+            if isinstance(layer, ReLUPool):
+                stages.append([])
+        return stages[:-1]
+
+    def parts(self) -> list[list[int]]:
+        """The numbers of the stages that are computed as one: the early ones that are recomputed, else each alone."""
+        first, last = self.config.frozen_stages + 1, min(self.recompute_stages, EARLY_STAGES)
+        together = list(range(first, last + 1))
+        alone = [[number] for number in range(1, len(STAGE_CHANNELS) + 1) if number not in together]
+        return sorted([together, *alone] if together else alone)
+
+    def run(self, part: Callable[[Tensor], Tensor], layers: Sequence[nn.Module], x: Tensor, last_stage: int) -> Tensor:
+        """`part(x)`, recomputed in backward if its last stage is among those that are."""
+        if last_stage > self.recompute_stages:
+            return part(x)
+        return recomputed(part, layers, x, self.recompute_images if last_stage <= EARLY_STAGES else 0)
+
+    def through(self, layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+        """Layers of the trunk; pixels are prepared for the first."""
+        if layers[0] is self.features[0]:
+            x = normalise(x, self.preprocessing, self.score_fr.weight.dtype)
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    def head(self, x: Tensor, dropout_keys: Sequence[int]) -> Tensor:
         """fc6 and fc7 as convolutions, (B, 512, h, w) to (B, 4096, h, w) at full width."""
         probability = self.config.dropout if self.training else 0.0
-        x = keyed_dropout(F.relu(self.fc6(x)), probability, dropout_keys, layer=6)
-        return keyed_dropout(F.relu(self.fc7(x)), probability, dropout_keys, layer=7)
-
-    def fuse(self, scores: Tensor, pool4: Tensor, pool3: Tensor) -> Tensor:
-        """Add the skips' scores, coarsest first."""
-        scale4, scale3 = AT_ONCE_SCALES if self.config.at_once else (1.0, 1.0)
-        for score, pool, scale in ((self.score_pool4, pool4, scale4), (self.score_pool3, pool3, scale3)):
-            if score is not None:
-                scores = upsample(scores, (pool.shape[2], pool.shape[3]), 2) + score(pool * scale)
-        return scores
+        x = relu_dropout(self.fc6(x), probability, dropout_keys, layer=6)
+        return relu_dropout(self.fc7(x), probability, dropout_keys, layer=7)
 
     @property
     def new_layers(self) -> tuple[str, ...]:
         """Prefixes of the parameters that a classifier's convolutions do not provide."""
         return ("fc6.", "fc7.", "score_")
+
+
+def fuse(scores: Tensor, skips: Mapping[int, Tensor]) -> Tensor:
+    """Add the skips' scores, by their stages, coarsest first."""
+    for stage in SKIP_STAGES:
+        if stage in skips:
+            scores = upsample(scores, (skips[stage].shape[2], skips[stage].shape[3]), 2) + skips[stage]
+    return scores
+
+
+class Score(nn.Conv2d):
+    """The scores of a skip: a 1x1 convolution of its map times a fixed scale, applied where there is less to hold."""
+
+    def __init__(self, channels: int, num_outputs: int, scale: float) -> None:
+        super().__init__(channels, num_outputs, 1)
+        self.scale = scale
+
+    def forward(self, x_BChw: Tensor) -> Tensor:
+        """(B, C, h, w)."""
+        if self.scale == 1:
+            return super().forward(x_BChw)
+        assert self.bias is not None
+        return torch.add(self.bias[:, None, None], F.conv2d(x_BChw, self.weight), alpha=self.scale)
 
 
 def build_trunk(backbone: str, channels: Sequence[int]) -> nn.Sequential:
@@ -139,7 +203,8 @@ def build_trunk(backbone: str, channels: Sequence[int]) -> nn.Sequential:
                 layers.append(BatchNorm2d(width))
             layers.append(nn.ReLU(inplace=True))
             previous = width
-        layers.append(nn.MaxPool2d(2, ceil_mode=True))
+        layers[-1] = nn.Identity()
+        layers.append(ReLUPool())
     return nn.Sequential(*layers)
 
 

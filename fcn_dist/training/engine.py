@@ -24,6 +24,8 @@ PROBE_SIZE = (96, 96)  # pixels; not square multiples of 32 would do as well, an
 
 def build_engine(model: FCN, config: EngineConfig, groups: list[ParameterGroup]) -> Engine:
     """Wrap `model`, whose weights must be loaded already: DeepSpeed copies its masters from them now."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()  # DeepSpeed views them as one dimension
     parameters: list[dict[str, Any]] = []
     for group in groups:
         options: dict[str, Any] = {"params": list(group.parameters), "lr": 0.0}  # set before every step

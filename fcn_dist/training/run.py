@@ -194,6 +194,7 @@ def build_model(recipe: Recipe, shard_set: ShardSet) -> tuple[FCN, ModelDescript
     )
     torch.manual_seed(key64(recipe.train.seed, Purpose.WEIGHTS))
     model = description.build()
+    model.recompute_stages, model.recompute_images = recipe.train.recompute_stages, recipe.train.recompute_images
     filled = load_weights(model, weights, str(recipe.model.weights)) if weights else []
     return model, description, filled
 
