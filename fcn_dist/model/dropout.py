@@ -46,7 +46,7 @@ class _ReLUDropout(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (result,) = ctx.saved_tensors
-        return (gradient * ctx.scale).masked_fill_(result <= 0, 0), None, None, None
+        return torch.ops.aten.threshold_backward(gradient * ctx.scale, result, 0), None, None, None
 
 
 def drawn_keys(count: int) -> list[int]:

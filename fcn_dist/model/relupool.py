@@ -7,7 +7,7 @@ Shapes: B images, C channels, H x W cells, pooled ones ceil(H / 2) x ceil(W / 2)
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # of a window, as torch's pooling goes through it; the place is the code
 CODES_A_BYTE = 4
-GROUP_ELEMENTS = 1 << 22  # of the input worked on at once, at least one image: what is needed only for a while
+GROUP_ELEMENTS = 1 << 20  # of the input worked on at once, at least one image: what is needed only for a while
 
 
 class ReLUPool(nn.Module):
@@ -52,16 +51,21 @@ class _ReLUPool(torch.autograd.Function):
 
 
 def pool_with_codes(x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """The pooled values, and which corner of its window each came from, four codes a byte: (B, ceil(C / 4), h, w)."""
+    """The pooled values, and which corner of its window each came from, four codes a byte: (B, ceil(C / 4), h, w).
+
+    The codes of the first quarter of the channels have the lowest two bits.
+    """
     batch, channels, height, width = x_BCHW.shape
-    size = (math.ceil(height / 2), math.ceil(width / 2))
-    memory = torch.channels_last
-    pooled = torch.empty((batch, channels, *size), dtype=x_BCHW.dtype, device=x_BCHW.device, memory_format=memory)
-    packed_shape = (batch, math.ceil(channels / CODES_A_BYTE), *size)
-    packed = torch.zeros(packed_shape, dtype=torch.uint8, device=x_BCHW.device).to(memory_format=memory)
+    shape = (batch, channels, math.ceil(height / 2), math.ceil(width / 2))
+    pooled = _empty(shape, x_BCHW.dtype, x_BCHW.device)
+    packed = _empty((batch, math.ceil(channels / CODES_A_BYTE), *shape[2:]), torch.uint8, x_BCHW.device).zero_()
+    first_corners = _first_corners(shape, width, x_BCHW.device)
     for images in groups(x_BCHW):
-        values, codes = _largest(x_BCHW[images])
+        values, indices = F.max_pool2d(x_BCHW[images], 2, ceil_mode=True, return_indices=True)
         torch.clamp_min(values, 0, out=pooled[images])
+        offsets = indices.int() - first_corners  # 0, 1, width or width + 1
+        below = (offsets >= width).view(torch.uint8)
+        codes = offsets.to(torch.uint8) & 1 ^ (below & width % 2) | below << 1
         for place, part in enumerate(torch.split(codes, packed.shape[1], dim=1)):
             packed[images, : part.shape[1]] |= part << 2 * place
     return pooled, packed
@@ -69,22 +73,17 @@ def pool_with_codes(x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
 
 def pool_backward(gradient_BChw: Tensor, pooled_BChw: Tensor, packed_BChw: Tensor, size: tuple[int, int]) -> Tensor:
     """The gradient of (B, C, H, W) = `size` that each pooled value passes to the corner it came from."""
-    batch, channels = pooled_BChw.shape[:2]
-    result = torch.empty(
-        (batch, channels, *size),
-        dtype=gradient_BChw.dtype,
-        device=gradient_BChw.device,
-        memory_format=torch.channels_last,
-    )
+    channels, width = pooled_BChw.shape[1], size[1]
+    result = _empty((*pooled_BChw.shape[:2], *size), gradient_BChw.dtype, gradient_BChw.device)
+    first_corners = _first_corners(pooled_BChw.shape, width, pooled_BChw.device)
     for images in groups(result):
-        # As torch's ReLU: NaN is not below zero.
-        passed = gradient_BChw[images].masked_fill(pooled_BChw[images] <= 0, 0)
+        passed = torch.ops.aten.threshold_backward(gradient_BChw[images], pooled_BChw[images], 0)  # as ReLU does
         parts = [packed_BChw[images] >> 2 * place & 3 for place in range(CODES_A_BYTE)]
-        codes = torch.cat(parts, dim=1)[:, :channels]
-        for code, (down, right) in enumerate(CORNERS):
-            corner = result[images, :, down::2, right::2]
-            inside = (slice(None), slice(None), slice(corner.shape[2]), slice(corner.shape[3]))
-            corner.copy_(passed[inside].masked_fill(codes[inside] != code, 0))
+        codes = torch.cat(parts, dim=1)[:, :channels].int()
+        indices = (codes + (codes >> 1) * (width - 2) + first_corners).long()
+        torch.ops.aten.max_pool2d_with_indices_backward.grad_input(
+            passed, result[images], [2, 2], [2, 2], [0, 0], [1, 1], True, indices, grad_input=result[images]
+        )
     return result
 
 
@@ -95,18 +94,11 @@ def groups(x_BCHW: Tensor) -> Iterator[slice]:
         yield slice(first, min(first + count, len(x_BCHW)))
 
 
-def _largest(x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest value of each window, and the code of its corner: the first of equal ones, the last NaN."""
-    height, width = x_BCHW.shape[2:]
-    if height % 2 or width % 2:
-        x_BCHW = F.pad(x_BCHW, (0, width % 2, 0, height % 2), value=-math.inf)
-    corners = [x_BCHW[:, :, down::2, right::2] for down, right in CORNERS]
-    top, top_code = _later_wins(corners[0], corners[1])
-    bottom, bottom_code = _later_wins(corners[2], corners[3])
-    largest, in_bottom = _later_wins(top, bottom)
-    codes = torch.where(in_bottom, bottom_code.to(torch.uint8) + 2, top_code.to(torch.uint8))
-    return largest, codes
+def _first_corners(shape: Sequence[int], width: int, device: torch.device) -> Tensor:
+    """The index of each window's first corner in its plane, (h, w)."""
+    rows, columns = (torch.arange(0, 2 * size, 2, dtype=torch.int32, device=device) for size in shape[2:])
+    return rows[:, None] * width + columns
 
 
-def _later_wins(first: Tensor, later: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.maximum(first, later), (later > first) | later.isnan()
+def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)

@@ -52,8 +52,7 @@ def train_steps(
             clock.enter(Phase.FORWARD)
             images, targets = to_device(batch, recipe.data, seed, job.device)
             dropout_keys = [key64(seed, position) for position in batch.positions]
-            coarse = engine(images, coarse=True, dropout_keys=dropout_keys)
-            loss = summed_cross_entropy(coarse, targets, job.stride)
+            loss = summed_cross_entropy(engine(images, coarse=True, dropout_keys=dropout_keys), targets, job.stride)
             clock.enter(Phase.BACKWARD)
             backward(engine, check.watch(loss) * scale)
             engine.step()
