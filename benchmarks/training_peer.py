@@ -153,6 +153,7 @@ class PeerTrainer:
     def close(self) -> None:
         """Give memory back."""
         del self.model, self.optimizer, self._forward
+        torch.compiler.reset()
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         with self._autocast():

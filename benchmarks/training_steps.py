@@ -190,6 +190,8 @@ class Search:
     def trainer(self) -> Trainer:
         """The one there is, or a new one."""
         if self._trainer is None:
+            gc.collect()
+            torch.cuda.empty_cache()  # by now no frame holds what broke off
             self._trainer = self._build(self._outputs, self._device)
             self._trainer.step(self._trainer.prepare(draw_scenes(1, self._size, self._outputs, on_gpu=True)))
         return self._trainer
@@ -203,8 +205,6 @@ class Search:
         if self._trainer is not None:
             self._trainer.close()
         self._trainer = None
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def largest_that_fits(fits: Callable[[int], bool], start: int) -> int:
