@@ -5,11 +5,13 @@ disturbs them all.
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -54,8 +56,8 @@ class Measured:
         return [round_[name] for round_ in self.rounds]
 
 
-def run_once(contender: Contender, scratch: Path) -> dict[str, Any]:
-    """The figures of one measurement. Raises Failed."""
+def run_once(contender: Contender, scratch: Path, limit: float = TIME_LIMIT) -> dict[str, Any]:
+    """The figures of one measurement, which may take `limit` seconds. Raises Failed."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         result = Path(folder) / "figures.json"
         options = contender.options | ({"out": str(Path(folder) / "out")} if contender.writes else {})
@@ -70,9 +72,9 @@ def run_once(contender: Contender, scratch: Path) -> dict[str, Any]:
             start_new_session=True,  # a group of its own, so that whatever it started ends with it
         )
         try:
-            output, _ = process.communicate(timeout=TIME_LIMIT)
+            output, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
-            raise Failed(f"not done after {TIME_LIMIT:.0f} s") from None
+            raise Failed(f"not done after {limit:.0f} s") from None
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -83,17 +85,29 @@ def run_once(contender: Contender, scratch: Path) -> dict[str, Any]:
         return figures
 
 
-def run_rounds(contenders: Sequence[Contender], rounds: int, scratch: Path) -> list[Measured]:
-    """Every contender once a round, every other round in reverse order. One that fails is not tried again."""
+def run_rounds(
+    contenders: Sequence[Contender], rounds: int, scratch: Path, time_limit: float = math.inf
+) -> list[Measured]:
+    """Every contender once a round, every other round in reverse order. One that fails is not tried again.
+
+    After `time_limit` seconds it goes on with what there is.
+    """
+    deadline = time.monotonic() + time_limit
     measured = [Measured(contender, problem=contender.problem or missing(contender)) for contender in contenders]
     for number in range(rounds):
         for one in measured if number % 2 == 0 else reversed(measured):
             if one.problem:
                 continue
+            left = deadline - time.monotonic()
+            if left <= 0:
+                one.problem = "" if one.rounds else f"not measured: {time_limit:.0f} s were over before its turn"
+                continue
             status_console.print(f"round {number + 1} of {rounds}: {one.contender.name}")
             try:
-                one.rounds.append(run_once(one.contender, scratch))
+                one.rounds.append(run_once(one.contender, scratch, min(TIME_LIMIT, left)))
             except Failed as failure:
+                if one.rounds and time.monotonic() >= deadline:
+                    continue
                 one.problem = f"failed: {failure}"
                 status_console.print(one.problem)
     return measured

@@ -62,7 +62,7 @@ def rate_table(
     rows = []
     for one in measured:
         if one.problem:
-            rows.append((one.contender.name, *("",) * (4 + len(more)), _one_line(one.problem)))
+            rows.append((one.contender.name, *("",) * (4 + len(more)), one_line(one.problem)))
             continue
         rates = [rate(round_) for round_ in one.rounds]
         middle = median(rates)
@@ -165,6 +165,9 @@ def _version(package: str) -> str:
         return f"{package} not installed"
 
 
-def _one_line(problem: str) -> str:
+def one_line(problem: str) -> str:
+    """The end of what went wrong, as it fits into a table."""
     # The whole of it is in the JSON.
-    return problem.strip().splitlines()[-1].replace("|", "/")[:160] if INSTALL not in problem else problem
+    if INSTALL in problem or not problem.strip():
+        return problem
+    return problem.strip().splitlines()[-1].replace("|", "/")[:160]
