@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import product
+from random import Random
 
 import pytest
 import torch
@@ -71,23 +72,19 @@ def test_loss_and_gradient_are_torch_s_of_full_scores(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(15))
 def test_random_sizes_outputs_strides_and_layouts_agree_too(run: Run, seed: int) -> None:
-    random = torch.Generator().manual_seed(seed)
-    batch, outputs, height, width, stride, ignored, dtype, layout = (
-        options[int(torch.randint(len(options), (), generator=random))]
-        for options in (
-            *((1, 2, 3), (1, 2, 7, 150, 151), range(1, 50), range(1, 50), (8, 16, 32), (0.0, 0.3, 0.95, 1.1)),
-            *(upsampling.KERNEL_DTYPES, tuple(LAYOUTS.values())),
-        )
-    )
-    coarse, targets = problem(batch, outputs, (height, width), stride, ignored, seed)
-    coarse = coarse.to(dtype, memory_format=layout)
+    random = Random(seed)
+    size, stride = (random.randint(1, 49), random.randint(1, 49)), random.choice((8, 16, 32))
+    batch, outputs, ignored = random.randint(1, 3), random.choice((1, 2, 7, 150, 151)), random.choice((0.0, 0.3, 0.95))
+    coarse, targets = problem(batch, outputs, size, stride, ignored, seed)
+    layout = LAYOUTS[random.choice(list(LAYOUTS))]
+    coarse = coarse.to(random.choice(upsampling.KERNEL_DTYPES)).contiguous(memory_format=layout)
     loss, gradient = computed(run, coarse, targets, stride)
     expected, expected_gradient = oracle(coarse, targets, stride)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-3)
-    assert_wins(run("argmax", coarse, (height, width), stride), coarse, stride)
+    assert_wins(run("argmax", coarse, size, stride), coarse, stride)
 
 
 @pytest.mark.parametrize("dtype", upsampling.KERNEL_DTYPES, ids=str)

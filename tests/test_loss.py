@@ -102,6 +102,41 @@ def test_low_precision_scores_lose_only_their_own_rounding(dtype: torch.dtype, t
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=tolerance, atol=1e-3)
 
 
+@pytest.mark.parametrize("budget", [1, 1 << 20])
+def test_a_bfloat16_gradient_is_rounded_once_however_many_tiles_add_to_it(
+    budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upsampling, "TILE_ELEMENTS_CPU", budget)
+    coarse, targets = problem(2, 20, (40, 50), 8, 0.1)
+    coarse = coarse.bfloat16()
+    _, gradient = computed(coarse, targets, 8)
+    _, expected = oracle(coarse, targets, 8)
+    # bfloat16 has 8 bits: half a unit of the last is up to 2**-8 of the value's power of two.
+    error, allowed = (gradient.double() - expected).abs(), 2.0**-9 * 2 ** expected.abs().log2().ceil()
+    assert (error <= allowed * 1.01 + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_gradient_waits_in_no_more_than_it_needs(dtype: torch.dtype) -> None:
+    coarse, targets = problem(1, 4, (11, 19), 8, 0.3)
+    loss = summed_cross_entropy(coarse.to(dtype).requires_grad_(), targets, 8)
+    assert loss.grad_fn is not None
+    (saved,) = loss.grad_fn.saved_tensors  # type: ignore[attr-defined]
+    waits_in = {torch.float16: torch.float32}
+    assert saved.dtype == waits_in.get(dtype, dtype)
+
+
+def test_a_bfloat16_gradient_is_multiplied_in_float32() -> None:
+    coarse, targets = problem(1, 4, (11, 19), 8, 0.3)
+    scores = coarse.bfloat16().requires_grad_()
+    factor = 1 + 2.0**-9  # 1 in bfloat16
+    _, once = computed(scores, targets, 8)
+    torch.autograd.backward(summed_cross_entropy(scores, targets, 8) * (3 * factor))
+    assert scores.grad is not None
+    assert torch.equal(scores.grad, (once.float() * (3 * factor)).bfloat16())
+    assert not torch.equal(scores.grad, (once.float() * 3).bfloat16())  # the factor's last bits are seen
+
+
 def test_a_loss_scale_saves_gradients_that_half_precision_would_lose() -> None:
     # 64 pixels, each sure of output 0 by 23: output 1 has gradient 64 * exp(-23), 7e-9, which is 0 in float16.
     scores = torch.tensor([20.0, -3.0]).half().reshape(1, 2, 1, 1).requires_grad_()

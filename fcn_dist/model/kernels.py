@@ -38,7 +38,7 @@ def loss_and_gradient(
     batch, h, w, outputs = scores_BhwC.shape
     gradient_BhwC = None if gradient_dtype is None else torch.zeros_like(scores_BhwC, dtype=gradient_dtype)
     losses = torch.empty((batch, h + 1, w + 1), dtype=torch.float32, device=scores_BhwC.device)
-    with torch.cuda.device_of(scores_BhwC):
+    with torch.cuda.device_of(scores_BhwC):  # type: ignore[no-untyped-call]
         for first_row in (0, 1):
             for first_column in (0, 1):
                 rows, columns = (h + 2 - first_row) // 2, (w + 2 - first_column) // 2
@@ -54,11 +54,11 @@ def loss_and_gradient(
 
 
 def argmax(scores_BChw: Tensor, size: tuple[int, int], stride: int) -> Tensor:
-    """The output with the highest upsampled score, (B, H, W) uint8, ties to the lower output; NaN counts as infinity."""
+    """The output with the highest upsampled score, (B, H, W) uint8, ties to the lower; NaN counts as infinity."""
     scores_BhwC = scores_BChw.permute(0, 2, 3, 1).contiguous()
     batch, h, w, outputs = scores_BhwC.shape
     labels = torch.empty((batch, *size), dtype=torch.uint8, device=scores_BhwC.device)
-    with torch.cuda.device_of(scores_BhwC):
+    with torch.cuda.device_of(scores_BhwC):  # type: ignore[no-untyped-call]
         _argmax_squares[(batch * (h + 1) * (w + 1),)](
             *(scores_BhwC, labels, *size, h, w, outputs),
             STRIDE=stride,

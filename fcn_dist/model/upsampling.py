@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 # Scores held at once, in elements: on a CPU a tile should stay in cache, on a GPU it should fill the device.
 TILE_ELEMENTS_CPU = 1 << 20
-TILE_ELEMENTS_GPU = 1 << 26
+TILE_ELEMENTS_GPU = 1 << 22
 
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
