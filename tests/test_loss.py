@@ -8,36 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_oracle import oracle, problem
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fcn_dist.labels import IGNORE_LABEL
 from fcn_dist.model import upsampling
 from fcn_dist.model.loss import summed_cross_entropy
-
-
-def oracle(coarse: Tensor, targets: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    """Loss and gradient of full-resolution scores, in float64."""
-    scores = coarse.detach().double().requires_grad_()
-    full_size = (scores.shape[2] * stride, scores.shape[3] * stride)
-    full = F.interpolate(scores, full_size, mode="bilinear", align_corners=False)
-    full = full[..., : targets.shape[1], : targets.shape[2]]
-    loss = F.cross_entropy(full, targets.long(), ignore_index=IGNORE_LABEL, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, scores)
-    return loss.detach(), gradient
-
-
-def problem(
-    batch: int, outputs: int, size: tuple[int, int], stride: int, ignored: float, seed: int = 0, spread: float = 3.0
-) -> tuple[Tensor, Tensor]:
-    random = torch.Generator().manual_seed(seed)
-    cells = (math.ceil(size[0] / stride), math.ceil(size[1] / stride))
-    coarse = torch.randn(batch, outputs, *cells, generator=random) * spread
-    targets = torch.randint(0, outputs, (batch, *size), generator=random, dtype=torch.uint8)
-    targets[torch.rand(targets.shape, generator=random) < ignored] = IGNORE_LABEL
-    return coarse, targets
 
 
 def computed(coarse: Tensor, targets: Tensor, stride: int) -> tuple[Tensor, Tensor]:
@@ -122,6 +100,41 @@ def test_low_precision_scores_lose_only_their_own_rounding(dtype: torch.dtype, t
     assert gradient.dtype == dtype
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=tolerance, atol=1e-3)
+
+
+@pytest.mark.parametrize("budget", [1, 1 << 20])
+def test_a_bfloat16_gradient_is_rounded_once_however_many_tiles_add_to_it(
+    budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upsampling, "TILE_ELEMENTS_CPU", budget)
+    coarse, targets = problem(2, 20, (40, 50), 8, 0.1)
+    coarse = coarse.bfloat16()
+    _, gradient = computed(coarse, targets, 8)
+    _, expected = oracle(coarse, targets, 8)
+    # bfloat16 has 8 bits: half a unit of the last is up to 2**-8 of the value's power of two.
+    error, allowed = (gradient.double() - expected).abs(), 2.0**-9 * 2 ** expected.abs().log2().ceil()
+    assert (error <= allowed * 1.01 + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_gradient_waits_in_no_more_than_it_needs(dtype: torch.dtype) -> None:
+    coarse, targets = problem(1, 4, (11, 19), 8, 0.3)
+    loss = summed_cross_entropy(coarse.to(dtype).requires_grad_(), targets, 8)
+    assert loss.grad_fn is not None
+    (saved,) = loss.grad_fn.saved_tensors  # type: ignore[attr-defined]
+    waits_in = {torch.float16: torch.float32}
+    assert saved.dtype == waits_in.get(dtype, dtype)
+
+
+def test_a_bfloat16_gradient_is_multiplied_in_float32() -> None:
+    coarse, targets = problem(1, 4, (11, 19), 8, 0.3)
+    scores = coarse.bfloat16().requires_grad_()
+    factor = 1 + 2.0**-9  # 1 in bfloat16
+    _, once = computed(scores, targets, 8)
+    torch.autograd.backward(summed_cross_entropy(scores, targets, 8) * (3 * factor))
+    assert scores.grad is not None
+    assert torch.equal(scores.grad, (once.float() * (3 * factor)).bfloat16())
+    assert not torch.equal(scores.grad, (once.float() * 3).bfloat16())  # the factor's last bits are seen
 
 
 def test_a_loss_scale_saves_gradients_that_half_precision_would_lose() -> None:

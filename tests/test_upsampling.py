@@ -68,7 +68,7 @@ def test_a_tile_s_gradient_is_the_transpose_of_its_upsampling(case: tuple[int, .
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(upsampling, "TILE_ELEMENTS_CPU", budget)
         for tile in tiles(coarse, (height, width), stride):
-            add_tile_gradient(found, weights[tile.images, :, tile.rows], tile, (height, width), stride)
+            add_tile_gradient(found[tile.images], weights[tile.images, :, tile.rows], tile, (height, width), stride)
     torch.testing.assert_close(found, expected)
 
 

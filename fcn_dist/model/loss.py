@@ -1,8 +1,11 @@
 """Cross-entropy at full resolution from coarse scores, without holding full-resolution scores.
 
-Shapes as in `upsampling`; targets are output channels in uint8, IGNORE_LABEL where nothing is learned.
+Shapes as in `upsampling`; targets are output channels in uint8, IGNORE_LABEL where nothing is learned. On CUDA the loss
+and its gradient are one Triton kernel; elsewhere, and in float64, torch works through tiles.
 """
 
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -11,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fcn_dist.labels import IGNORE_LABEL
-from fcn_dist.model.upsampling import add_tile_gradient, tiles, upsample_tile
+from fcn_dist.model.upsampling import add_tile_gradient, tiles, upsample_tile, uses_kernels
 
 
 def summed_cross_entropy(coarse_BChw: Tensor, targets_BHW: Tensor, stride: int) -> Tensor:
@@ -27,17 +30,14 @@ def summed_cross_entropy(coarse_BChw: Tensor, targets_BHW: Tensor, stride: int) 
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, coarse: Tensor, targets: Tensor, stride: int) -> Tensor:
-        size = (targets.shape[1], targets.shape[2])
-        dtype = torch.promote_types(coarse.dtype, torch.float32)
-        gradient = torch.zeros_like(coarse, dtype=dtype) if ctx.needs_input_grad[0] else None
-        loss = torch.zeros((), dtype=dtype, device=coarse.device)
-        for tile in tiles(coarse, size, stride):
-            target = targets[tile.images, tile.rows].long()
-            log_probability = F.log_softmax(upsample_tile(coarse, tile, size, stride), dim=1)
-            loss += F.nll_loss(log_probability, target, ignore_index=IGNORE_LABEL, reduction="sum")
-            if gradient is not None:
-                residual = _residual(log_probability, target)
-                add_tile_gradient(gradient, residual, tile, size, stride)
+        needs_gradient = ctx.needs_input_grad[0]
+        if uses_kernels(coarse):
+            from fcn_dist.model.kernels import loss_and_gradient
+
+            # Its launches add to the gradient one after the other; in float32, each of them rounds next to nothing.
+            loss, gradient = loss_and_gradient(coarse, targets, stride, torch.float32 if needs_gradient else None)
+        else:
+            loss, gradient = _tiled_loss_and_gradient(coarse, targets, stride, needs_gradient)
         ctx.save_for_backward(gradient)
         ctx.coarse_dtype = coarse.dtype
         return loss
@@ -46,8 +46,43 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        # Scaled in float32 first: an fp16 loss scale applied after rounding would not save small gradients.
-        return (gradient * grad_loss).to(ctx.coarse_dtype), None, None
+        scaled = torch.empty_like(gradient, dtype=ctx.coarse_dtype)
+        for saved_Chw, scaled_Chw in zip(gradient, scaled, strict=True):  # an image at a time: small temporaries
+            # Scaled in float32 first: an fp16 loss scale applied after rounding would not save small gradients, and
+            # a factor rounded to bfloat16 would be wrong in the same way for all of them.
+            torch.mul(saved_Chw.to(grad_loss.dtype), grad_loss, out=scaled_Chw)
+        return scaled, None, None
+
+
+def saved_dtype(scores: torch.dtype) -> torch.dtype:
+    """What the tiled gradient waits for backward in.
+
+    bfloat16 has the range of float32: rounding early loses no more than rounding late. Small float16 gradients are
+    saved by the loss scale, which comes with backward, so they wait in float32.
+    """
+    return scores if scores == torch.bfloat16 else torch.promote_types(scores, torch.float32)
+
+
+def _tiled_loss_and_gradient(
+    coarse: Tensor, targets: Tensor, stride: int, needs_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    size = (targets.shape[1], targets.shape[2])
+    dtype = torch.promote_types(coarse.dtype, torch.float32)
+    gradient = torch.empty_like(coarse, dtype=saved_dtype(coarse.dtype)) if needs_gradient else None
+    loss = torch.zeros((), dtype=dtype, device=coarse.device)
+    for images, strips in groupby(tiles(coarse, size, stride), attrgetter("images")):
+        # Strips of an image share cell rows, so their sum is rounded once all of them are in.
+        sums = torch.zeros_like(coarse[images], dtype=dtype) if needs_gradient else None
+        for tile in strips:
+            target = targets[tile.images, tile.rows].long()
+            log_probability = F.log_softmax(upsample_tile(coarse, tile, size, stride), dim=1)
+            loss += F.nll_loss(log_probability, target, ignore_index=IGNORE_LABEL, reduction="sum")
+            if sums is not None:
+                residual = _residual(log_probability, target)
+                add_tile_gradient(sums, residual, tile, size, stride)
+        if gradient is not None and sums is not None:
+            gradient[images] = sums
+    return loss, gradient
 
 
 def _residual(log_probability: Tensor, target: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ outermost cells repeated beyond the border where the deconvolution would fade to
 """
 
 from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -14,7 +16,20 @@ from torch.nn import functional as F
 
 # Scores held at once, in elements: on a CPU a tile should stay in cache, on a GPU it should fill the device.
 TILE_ELEMENTS_CPU = 1 << 20
-TILE_ELEMENTS_GPU = 1 << 26
+TILE_ELEMENTS_GPU = 1 << 22
+
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def uses_kernels(coarse_BChw: Tensor) -> bool:
+    """Whether these scores are upsampled by Triton's kernels, rather than by torch in tiles."""
+    return coarse_BChw.is_cuda and coarse_BChw.dtype in KERNEL_DTYPES and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 class Tile(NamedTuple):
@@ -51,10 +66,10 @@ def upsample_tile(coarse_BChw: Tensor, tile: Tile, size: tuple[int, int], stride
 
 
 def add_tile_gradient(
-    gradient_BChw: Tensor, gradient_bCRW: Tensor, tile: Tile, size: tuple[int, int], stride: int
+    gradient_bChw: Tensor, gradient_bCRW: Tensor, tile: Tile, size: tuple[int, int], stride: int
 ) -> None:
-    """The transpose of `upsample_tile`: add a tile's gradient to that of the coarse scores, in place."""
-    target = gradient_BChw[tile.images, :, tile.cells]
+    """The transpose of `upsample_tile`: add a tile's gradient to that of its images' coarse scores, in place."""
+    target = gradient_bChw[:, :, tile.cells]
     full_height, full_width = target.shape[2] * stride, target.shape[3] * stride
     below = full_height - tile.skip - gradient_bCRW.shape[2]
     padded = F.pad(gradient_bCRW, (0, full_width - size[1], tile.skip, below))
@@ -71,6 +86,10 @@ def upsample(coarse_BChw: Tensor, size: tuple[int, int], stride: int) -> Tensor:
 
 def argmax_upsampled(coarse_BChw: Tensor, size: tuple[int, int], stride: int) -> Tensor:
     """The output with the highest score at each pixel, (B, H, W) uint8, ties to the lower output."""
+    if uses_kernels(coarse_BChw):
+        from fcn_dist.model.kernels import argmax
+
+        return argmax(coarse_BChw, size, stride)
     labels = torch.empty((len(coarse_BChw), *size), dtype=torch.uint8, device=coarse_BChw.device)
     for tile in tiles(coarse_BChw, size, stride):
         scores = upsample_tile(coarse_BChw, tile, size, stride)

@@ -1,0 +1,34 @@
+"""Triton's kernels without a GPU: in Triton's interpreter, in a process of its own.
+
+Triton reads TRITON_INTERPRET when it is imported, for its own functions, and when a kernel is decorated; and once it
+has interpreted one, it no longer compiles any. A process does one or the other.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, Protocol
+
+
+class Run(Protocol):
+    """Calls a function of `fcn_dist.model.kernels` by name, with tensors that lie on the CPU."""
+
+    def __call__(self, function: str, *arguments: Any) -> Any: ...
+
+
+@contextmanager
+def interpreter() -> Iterator[Run]:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=_interpret) as process:
+        yield lambda function, *arguments: process.submit(call, function, *arguments).result(timeout=120)
+
+
+def _interpret() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def call(function: str, *arguments: Any) -> Any:
+    return getattr(import_module("fcn_dist.model.kernels"), function)(*arguments)
