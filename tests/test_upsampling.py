@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fcn_dist.model import upsampling
-from fcn_dist.model.upsampling import Tile, add_tile_gradient, argmax_upsampled, tiles, upsample, upsample_tile
+from fcn_dist.model.upsampling import (
+    Tile,
+    add_tile_gradient,
+    argmax_upsampled,
+    pixels_of,
+    tiles,
+    upsample,
+    upsample_tile,
+)
 
 STRIDES = (2, 8, 16, 32)
 
@@ -47,13 +55,15 @@ def test_tiles_cover_every_pixel_once_with_torch_s_interpolation(case: tuple[int
     batch, outputs, height, width, stride = case
     coarse = coarse_scores(batch, outputs, (height, width), stride)
     full = interpolated(coarse, (height, width), stride)
-    covered = torch.zeros(batch, height)
+    covered = torch.zeros(batch, height, width)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(upsampling, "TILE_ELEMENTS_CPU", budget)
         for tile in tiles(coarse, (height, width), stride):
-            scores = upsample_tile(coarse, tile, (height, width), stride)
-            torch.testing.assert_close(scores.double(), full[tile.images, :, tile.rows], atol=1e-5, rtol=1e-5)
-            covered[tile.images, tile.rows] += 1
+            rows, its_rows = pixels_of(tile.rows, height, stride)
+            columns, its_columns = pixels_of(tile.columns, width, stride)
+            scores = upsample_tile(coarse, tile, stride)[:, :, its_rows, its_columns]
+            torch.testing.assert_close(scores.double(), full[tile.images, :, rows, columns], atol=1e-5, rtol=1e-5)
+            covered[tile.images, rows, columns] += 1
     assert (covered == 1).all()
 
 
@@ -68,7 +78,11 @@ def test_a_tile_s_gradient_is_the_transpose_of_its_upsampling(case: tuple[int, .
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(upsampling, "TILE_ELEMENTS_CPU", budget)
         for tile in tiles(coarse, (height, width), stride):
-            add_tile_gradient(found[tile.images], weights[tile.images, :, tile.rows], tile, (height, width), stride)
+            rows, its_rows = pixels_of(tile.rows, height, stride)
+            columns, its_columns = pixels_of(tile.columns, width, stride)
+            gradient = torch.zeros_like(upsample_tile(coarse.detach(), tile, stride))  # nothing comes from outside
+            gradient[:, :, its_rows, its_columns] = weights[tile.images, :, rows, columns]
+            add_tile_gradient(found[tile.images], gradient, tile, stride)
     torch.testing.assert_close(found, expected)
 
 
@@ -117,26 +131,44 @@ def test_the_interior_is_the_reference_s_frozen_deconvolution(stride: int) -> No
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_scores_are_upsampled_in_float32(dtype: torch.dtype) -> None:
     coarse = coarse_scores(1, 4, (40, 40), 8).to(dtype)
-    tile = Tile(slice(0, 1), slice(0, 5), slice(0, 40), 0)
-    scores = upsample_tile(coarse, tile, (40, 40), 8)
+    scores = upsample_tile(coarse, Tile(slice(0, 1), slice(0, 6), slice(0, 6)), 8)[:, :, 4:44, 4:44]
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores.double(), interpolated(coarse, (40, 40), 8), atol=1e-5, rtol=1e-5)
 
 
-def test_a_tie_goes_to_the_lower_output() -> None:
-    assert (argmax_upsampled(torch.zeros(1, 7, 2, 2), (16, 16), 8) == 0).all()
+@pytest.mark.parametrize("outputs", [1, 7, 255])
+def test_a_tie_goes_to_the_lower_output(outputs: int) -> None:
+    assert (argmax_upsampled(torch.zeros(1, outputs, 2, 2), (16, 16), 8) == 0).all()
+    # Small whole numbers at weights of sixteenths: every score is exact, and many are equal.
+    coarse = torch.randint(3, (2, outputs, 3, 2), generator=torch.Generator().manual_seed(0)).float()
+    expected = upsample(coarse, (21, 16), 8).argmax(dim=1)
+    assert torch.equal(argmax_upsampled(coarse, (21, 16), 8).long(), expected)
 
 
-def test_a_tile_holds_no_more_than_its_budget_when_a_cell_row_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    coarse = torch.zeros(3, 10, 20, 5)
-    row = 10 * 8 * 8 * 5
-    for budget in (row, 3 * row, 7 * row + 5, 20 * row, 41 * row):
-        monkeypatch.setattr(upsampling, "TILE_ELEMENTS_CPU", budget)
-        found = list(tiles(coarse, (160, 40), 8))
-        for tile in found:
-            images, rows = tile.images.stop - tile.images.start, tile.rows.stop - tile.rows.start
-            assert images * rows * 40 * 10 <= budget
-        # And a large budget is used: no more tiles than needed for whole strips of whole images.
-        strips = -(-20 // min(20, budget // row))
-        groups = 3 if strips > 1 else -(-3 // (budget // (20 * row)))
-        assert len(found) == strips * groups
+def test_nan_and_infinity_win_as_they_do_in_torch() -> None:
+    coarse = coarse_scores(1, 6, (32, 32), 8)
+    coarse[0, 4, 0, 0], coarse[0, 2, 3, 3], coarse[0, :3, 0, 3] = float("nan"), float("inf"), -float("inf")
+    labels = argmax_upsampled(coarse, (32, 32), 8)
+    assert torch.equal(labels.long(), upsample(coarse, (32, 32), 8).argmax(dim=1))
+    assert (labels[0, :12, :12] == 4).all() and (labels[0, 20:, 20:] == 2).all()
+
+
+@pytest.mark.parametrize("squares", [1, 3, 6, 7, 20, 21 * 6, 41 * 6, 3 * 21 * 6])
+def test_a_tile_holds_no_more_than_its_budget_and_there_are_no_more_than_needed(
+    squares: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coarse, size = torch.zeros(3, 10, 20, 5), (160, 40)  # 21 x 6 squares an image
+    monkeypatch.setattr(upsampling, "TILE_ELEMENTS_CPU", squares * 10 * 8 * 8 + 5)
+    found = list(tiles(coarse, size, 8))
+    assert all(upsample_tile(coarse, tile, 8).numel() <= squares * 10 * 8 * 8 for tile in found)
+    columns = -(-6 // min(6, squares))
+    strips = -(-21 // min(21, max(1, squares // 6)))
+    groups = -(-3 // max(1, squares // (21 * 6)))
+    assert len(found) == columns * strips * groups
+
+
+def test_squares_wholly_outside_the_image_are_left_out() -> None:
+    # 19 = 4 + 8 + 7 pixels are three squares, 20 are three as well, 21 begin a fourth.
+    for length, squares in ((1, 1), (4, 1), (5, 2), (19, 3), (20, 3), (21, 4)):
+        (tile,) = tiles(torch.zeros(1, 1, math.ceil(length / 8), 1), (length, 1), 8)
+        assert tile.rows == slice(0, squares)

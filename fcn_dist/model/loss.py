@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from fcn_dist.labels import IGNORE_LABEL
-from fcn_dist.model.upsampling import add_tile_gradient, tiles, upsample_tile, uses_kernels
+from fcn_dist.model.upsampling import Tile, add_tile_gradient, pixels_of, tiles, upsample_tile, uses_kernels
 
 
 def summed_cross_entropy(coarse_BChw: Tensor, targets_BHW: Tensor, stride: int) -> Tensor:
@@ -70,25 +69,40 @@ def _tiled_loss_and_gradient(
     dtype = torch.promote_types(coarse.dtype, torch.float32)
     gradient = torch.empty_like(coarse, dtype=saved_dtype(coarse.dtype)) if needs_gradient else None
     loss = torch.zeros((), dtype=dtype, device=coarse.device)
-    for images, strips in groupby(tiles(coarse, size, stride), attrgetter("images")):
-        # Strips of an image share cell rows, so their sum is rounded once all of them are in.
+    for images, parts in groupby(tiles(coarse, size, stride), attrgetter("images")):
+        # Tiles of an image share cells, so their sum is rounded once all of them are in.
         sums = torch.zeros_like(coarse[images], dtype=dtype) if needs_gradient else None
-        for tile in strips:
-            target = targets[tile.images, tile.rows].long()
-            log_probability = F.log_softmax(upsample_tile(coarse, tile, size, stride), dim=1)
-            loss += F.nll_loss(log_probability, target, ignore_index=IGNORE_LABEL, reduction="sum")
+        for tile in parts:
+            scores = upsample_tile(coarse, tile, stride)
+            loss += _loss_and_residual(scores, _targets_of(tile, targets, stride))
             if sums is not None:
-                residual = _residual(log_probability, target)
-                add_tile_gradient(sums, residual, tile, size, stride)
+                add_tile_gradient(sums, scores, tile, stride)
         if gradient is not None and sums is not None:
             gradient[images] = sums
     return loss, gradient
 
 
-def _residual(log_probability: Tensor, target: Tensor) -> Tensor:
-    """Softmax minus one-hot, zero at ignored pixels; overwrites its first argument."""
-    labelled = (target != IGNORE_LABEL).unsqueeze(1)
-    residual = log_probability.exp_()
-    one = -labelled.to(residual.dtype)
-    residual.scatter_add_(1, torch.where(labelled, target.unsqueeze(1), 0), one)
-    return residual.mul_(labelled)
+def _targets_of(tile: Tile, targets_BHW: Tensor, stride: int) -> Tensor:
+    """The targets of a tile's pixels, (b, R, S) int64; those outside the image are ignored."""
+    rows, its_rows = pixels_of(tile.rows, targets_BHW.shape[1], stride)
+    columns, its_columns = pixels_of(tile.columns, targets_BHW.shape[2], stride)
+    inside = targets_BHW[tile.images, rows, columns]
+    height, width = ((part.stop - part.start) * stride for part in (tile.rows, tile.columns))
+    targets = inside.new_full((len(inside), height, width), IGNORE_LABEL, dtype=torch.int64)
+    targets[:, its_rows, its_columns] = inside
+    return targets
+
+
+def _loss_and_residual(scores_bCRS: Tensor, targets_bRS: Tensor) -> Tensor:
+    """The summed loss; turns scores into softmax minus one-hot, zero at ignored pixels, in the same memory."""
+    targets = targets_bRS.unsqueeze(1)
+    labelled = targets != IGNORE_LABEL
+    targets = torch.where(labelled, targets, 0)
+    scores_bCRS -= scores_bCRS.amax(dim=1, keepdim=True)
+    at_target = scores_bCRS.gather(1, targets)
+    odds = scores_bCRS.exp_()
+    total = odds.sum(dim=1, keepdim=True)
+    loss = torch.where(labelled, total.log() - at_target, 0.0).sum()
+    odds *= labelled / total
+    odds.scatter_add_(1, targets, -labelled.to(odds.dtype))
+    return loss
