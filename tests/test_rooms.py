@@ -42,7 +42,12 @@ ROOMS = {
     "commands": room("data model scoring checkpoints training deploy reporting launching", "torch numpy cv2 PIL"),
 }
 # What single modules may import beyond their room's list, and those that may import less.
-ALSO = {"fcn_dist.data.loader": {"torch"}, "fcn_dist.data.handoff": {"torch"}, "fcn_dist.deploy.convert": {"deepspeed"}}
+ALSO = {
+    "fcn_dist.model.kernels": {"triton"},
+    "fcn_dist.data.loader": {"torch"},
+    "fcn_dist.data.handoff": {"torch"},
+    "fcn_dist.deploy.convert": {"deepspeed"},
+}
 ONLY = {
     "fcn_dist.deploy.predict": room("model", "torch numpy safetensors cv2 PIL"),
     "fcn_dist.deploy.modelfile": room("model", "torch numpy safetensors"),

@@ -18,9 +18,9 @@ DESCRIPTION = ModelDescription(
 
 
 def tiny_network(description: ModelDescription = DESCRIPTION, seed: int = 0) -> FCN:
-    """Random weights, score layers included, so that every weight shows in the scores."""
-    torch.manual_seed(seed)
+    """Random weights, score layers included, so that every weight shows in the scores and labels differ."""
+    torch.manual_seed(seed + 1)
     model = description.build()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.1 if name.startswith("score") else 0.3)
     return model.eval()

@@ -7,6 +7,7 @@ from torch import nn
 
 from fcn_dist.model.batchnorm import BatchNorm2d
 from fcn_dist.model.fcn import FCN
+from fcn_dist.model.relupool import ReLUPool
 
 
 class Use(NamedTuple):
@@ -36,7 +37,7 @@ def convolutions(model: FCN, size: tuple[int, int]) -> Iterator[Use]:
     """Every convolution of the network for an image of `size`, in the order they are computed."""
     (height, width), trained, pools = size, False, []
     for layer in model.features:
-        if isinstance(layer, nn.MaxPool2d):
+        if isinstance(layer, ReLUPool):
             height, width = (height + 1) // 2, (width + 1) // 2  # rounds up
             pools.append((height * width, trained))
         elif isinstance(layer, nn.Conv2d):
