@@ -16,12 +16,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from devices import peak_flops
 from measure import Contender, Measured, run_rounds
 from report import DOES, Table, Target, fastest, median_rate, one_line, ratio, targets_table, write_report
 
 from fcn_dist.console import run_command
 from fcn_dist.errors import UserError
+from fcn_dist.model.devices import peak_flops
 
 GB = 10**9
 OURS, PEER = "ours, ", "peer, "

@@ -18,6 +18,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from fcn_dist.sizes import show_size
+
 
 class TrainingProgress:
     """Shows steps; silent on ranks other than 0. A context manager."""
@@ -55,8 +57,11 @@ class TrainingProgress:
         loss = "-" if figures["loss"] is None else f"{figures['loss']:.4f}"
         text = (
             f"epoch {figures['epoch']:.2f}  loss {loss}  lr {figures['learning_rate']:.2e}  "
-            f"{figures['images_per_second']:.1f} img/s  waiting {100 * figures['data_wait']:.0f} %"
+            f"{figures['images_per_second']:.1f} img/s  waiting {100 * figures['data_wait']:.0f} %  "
+            f"memory {show_size(figures['peak_memory'])}"
         )
+        if figures["mfu"] is not None:
+            text += f"  MFU {100 * figures['mfu']:.0f} %"
         self._progress.update(self._task, figures=text)
         if not self._console.is_terminal:
             self.say(f"step {done}/{self._steps}  {text}")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from fcn_dist.checkpoints.store import DEEPSPEED_TAG, checkpoints_dir, committed, open_checkpoint, step_of
 from fcn_dist.commands.entry import run_script
+from fcn_dist.sizes import show_size
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "launch" / "train.py"
@@ -80,6 +81,9 @@ def test_one_process_without_a_launcher_trains_on_one_device(shards: Path, recip
     record = json.loads((run / "run.json").read_text())
     assert record["global_batch"] == 4 and record["deepspeed"]["train_micro_batch_size_per_gpu"] == 4
     assert [line["step"] for line in lines(run, "train")] == [1, 2, 3, 4]
+    memory = [line["peak_memory"] for line in lines(run, "train")]
+    assert memory == sorted(memory) and memory[0] > 100e6 and memory[-1] < 10e9
+    assert f"memory {show_size(memory[-1])}" in output and lines(run, "train")[-1]["mfu"] is None
     # Warm-up over two steps, then poly from the peak: by hand, 0.002 * (1 - k / 2) ** 0.9.
     rates = [line["learning_rate"] for line in lines(run, "train")]
     assert rates == pytest.approx([0.001, 0.002, 0.002, 0.002 * 0.5**0.9])

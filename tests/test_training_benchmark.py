@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from devices import peak_flops
 from measure import Contender, Measured, run_rounds
 from torch import nn
 from torch.nn import functional as F
 from training import OURS_BF16, PEER_FP32, cpu_targets, gpu_targets, largest_table, steps_table
 from training_peer import PeerFCN8s, PeerTrainer, bilinear, learned, summed_loss
 from training_steps import TOLERANCE, draw_scenes, largest_that_fits
+
+from fcn_dist.model.devices import peak_flops
 
 CONTENDERS = {name: Contender(name, "", {}, "does") for name in (OURS_BF16, PEER_FP32, "peer, autocast")}
 

@@ -109,6 +109,13 @@ def sum_over_ranks(values: Tensor, rank: Rank) -> Tensor:
     return values
 
 
+def largest_over_ranks(values: Tensor, rank: Rank) -> Tensor:
+    """The element-wise maximum of `values` over all ranks, in place."""
+    if rank.world_size > 1:
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
+
+
 @contextmanager
 def noticing_lost_peers() -> Iterator[None]:
     """Turn what a collective raises when another rank has died into a LostPeer that says it in a line."""

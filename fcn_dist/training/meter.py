@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from fcn_dist.training.collective import sum_over_ranks
+from fcn_dist.model.devices import peak_flops, peak_memory
+from fcn_dist.model.flops import training_flops
+from fcn_dist.training.collective import largest_over_ranks, sum_over_ranks
 from fcn_dist.training.engine import Engine, gradient_norm, loss_scale
 from fcn_dist.training.job import Job
 from fcn_dist.training.phases import TRAINING_PHASES, Phase, PhaseClock
@@ -46,6 +48,8 @@ class Meter:
         self.clock.enter(Phase.LOGGING)  # which adds up the seconds until now
         elapsed, waited = (now - before for now, before in zip(self._seconds(), self._before, strict=True))
         waited = float(sum_over_ranks(torch.tensor([waited], device=self.device), job.rank))
+        memory = torch.tensor([peak_memory(self.device)], device=self.device)
+        images_per_second = self._steps * job.config.plan.global_batch / elapsed
         norm = gradient_norm(engine)
         figures = {
             "epoch": done * job.config.plan.global_batch / job.stream.num_samples,
@@ -55,9 +59,10 @@ class Meter:
             "gradient_norm": norm if norm is not None and math.isfinite(norm) else None,
             "loss_scale": loss_scale(engine),
             "skipped_steps": int(engine.skipped_steps),
-            "images_per_second": self._steps * job.config.plan.global_batch / elapsed,
+            "images_per_second": images_per_second,
             "data_wait": waited / job.rank.world_size / elapsed,
-            "peak_memory": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None,
+            "mfu": flops_utilisation(job, engine, images_per_second),
+            "peak_memory": int(largest_over_ranks(memory, job.rank)),  # bytes, of the rank that holds most
         }
         self._losses, self._steps, self._not_finite, self._before = [], 0, 0, self._seconds()
         return figures
@@ -65,3 +70,15 @@ class Meter:
     def _seconds(self) -> tuple[float, float]:
         """Of training, and in it of waiting for data, from the start on."""
         return sum(self.clock.seconds[phase] for phase in TRAINING_PHASES), self.clock.seconds[Phase.DATA]
+
+
+def flops_utilisation(job: Job, engine: Engine, images_per_second: float) -> float | None:
+    """The share of what the devices can do at most that goes into the network's arithmetic.
+
+    None where that most is not known: on CPU, in float32, on devices that are not in the table.
+    """
+    if job.device.type != "cuda" or job.config.precision == "float32":
+        return None
+    peak = peak_flops(torch.cuda.get_device_name(job.device))
+    flops = training_flops(engine.module, job.recipe.data.crop)
+    return images_per_second * flops / (job.rank.world_size * peak) if peak else None

@@ -1,5 +1,9 @@
 """What a GPU can do at most, by its name."""
 
+import resource
+
+import torch
+
 # Floating-point operations a second in 16 bits with float32 sums, without sparsity: NVIDIA's data sheets.
 PEAKS = {
     "NVIDIA H200": 989e12,
@@ -18,3 +22,10 @@ def peak_flops(name: str) -> float | None:
     if any(other in name for other in OTHERS):
         return None
     return next((peak for known, peak in PEAKS.items() if name.startswith(known)), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that torch has held at once on a CUDA device; on CPU, that this process has."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
