@@ -77,6 +77,7 @@ def _tiled_loss_and_gradient(
             loss += _loss_and_residual(scores, _targets_of(tile, targets, stride))
             if sums is not None:
                 add_tile_gradient(sums, scores, tile, stride)
+            del scores  # before the next tile's are there
         if gradient is not None and sums is not None:
             gradient[images] = sums
     return loss, gradient

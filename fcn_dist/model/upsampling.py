@@ -90,9 +90,11 @@ def add_tile_gradient(gradient_bChw: Tensor, gradient_bCRS: Tensor, tile: Tile, 
     """The transpose of `upsample_tile`: add a tile's gradient to that of its images' coarse scores, in place."""
     above, below = _neighbours(tile.rows, gradient_bChw, dim=2)
     left, right = _neighbours(tile.columns, gradient_bChw, dim=3)
+    batch, outputs, height, width = gradient_bCRS.shape
     weights = torch.stack(_weights(stride, gradient_bCRS.dtype, gradient_bCRS.device))
-    rows = weights @ gradient_bCRS.unflatten(2, (-1, stride))  # type: ignore[no-untyped-call]  # (b, C, n, 2, S)
-    cells = rows.unflatten(4, (-1, stride)) @ weights.T  # (b, C, n, 2, m, 2)
+    strips = gradient_bCRS.reshape(-1, stride, width)
+    rows = torch.bmm(weights.expand(len(strips), 2, stride), strips)  # one matmul would copy the tile
+    cells = rows.view(batch, outputs, height // stride, 2, width // stride, stride) @ weights.T
     for i, row in enumerate((above, below)):
         wide = gradient_bChw.new_zeros(*cells.shape[:3], gradient_bChw.shape[3])
         for j, column in enumerate((left, right)):
