@@ -19,6 +19,7 @@ from fcn_dist.deploy.pictures import Row, distinct, sheet, write_png
 from fcn_dist.errors import UserError
 from fcn_dist.files import write_text
 from fcn_dist.model.description import ModelDescription
+from fcn_dist.model.devices import keep_freed_memory
 from fcn_dist.model.fcn import FCN
 from fcn_dist.model.upsampling import argmax_upsampled
 from fcn_dist.progress import count_progress
@@ -100,6 +101,7 @@ def start_ranks(rank: Rank) -> None:
         torch.cuda.set_device(rank.local)
     else:
         torch.set_num_threads(cores_of(rank))
+        keep_freed_memory()
     if rank.world_size > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 

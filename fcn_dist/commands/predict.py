@@ -18,6 +18,7 @@ from fcn_dist.deploy.pictures import distinct, picture_with_legend, short_name, 
 from fcn_dist.deploy.predict import Predictor
 from fcn_dist.errors import UserError, named
 from fcn_dist.files import replacing, write_text
+from fcn_dist.model.devices import keep_freed_memory
 from fcn_dist.progress import count_progress
 
 SHOWN_CLASSES = 10
@@ -34,6 +35,7 @@ class Outcome:
 def main(argv: list[str]) -> None:
     """Label the images as the arguments say, and print which classes were found."""
     options = _parser().parse_args(argv)
+    keep_freed_memory()
     jobs = plan(options.inputs, options.output, options.overwrite)
     predictor = Predictor.from_file(options.model, options.device)
     outcome = _label_all(jobs, predictor)

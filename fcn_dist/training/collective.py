@@ -1,6 +1,5 @@
 """The few things ranks say to each other outside DeepSpeed's own traffic."""
 
-import ctypes
 import os
 import re
 import socket
@@ -17,6 +16,7 @@ from deepspeed.constants import default_pg_timeout
 from torch import Tensor
 
 from fcn_dist.errors import LostPeer, UserError
+from fcn_dist.model.devices import keep_freed_memory
 from fcn_dist.ranks import Rank, cores_of
 
 T = TypeVar("T")
@@ -67,19 +67,6 @@ def leave_ranks() -> None:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep large blocks for the next step rather than give them back and fault them in again.
-
-    On one thread of a shared machine, forward and backward of the full VGG16 (2 images, 192x192, median of 3) took
-    4.3 s, 0.45 of them in the kernel; so they take 3.6 s, and none.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-        libc.mallopt(m_mmap_threshold, 1 << 30)
-        libc.mallopt(m_trim_threshold, -1)
 
 
 def device(rank: Rank) -> torch.device:

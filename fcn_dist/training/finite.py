@@ -113,8 +113,9 @@ class StepCheck:
 
     def _look(self, gradient: Tensor) -> None:
         """Note the largest magnitude in one parameter's gradient, before it meets those of other ranks."""
-        norm = torch.linalg.vector_norm(gradient, math.inf, dtype=torch.float32)
-        self._largest[-1] = torch.maximum(self._largest[-1], norm)  # NaN wins
+        # On a CPU, 9 ms for fc6's in bfloat16, where a norm takes 439 ms.
+        low, high = torch.aminmax(gradient)
+        self._largest[-1] = torch.maximum(self._largest[-1], torch.maximum(high, -low))  # NaN wins
 
     def _what(self, losses: list[Tensor], scale: float | None) -> str | None:
         """What was not finite in a step that was skipped; None for an overflow that lowered the loss scale."""
