@@ -4,6 +4,7 @@ Nothing of a step is left out but the loader and the writing of figures.
 """
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +37,14 @@ LEARNING_RATE = 1e-4
 class OurTrainer:
     """Ours ready to train; its weights are random."""
 
-    def __init__(self, outputs: int, device: torch.device, precision: str, model: ModelConfig | None = None) -> None:
+    def __init__(
+        self,
+        outputs: int,
+        device: torch.device,
+        precision: str,
+        recompute_stages: int = 0,
+        model: ModelConfig | None = None,
+    ) -> None:
         rank = start_ranks()
         recipe = Recipe(
             model=model or ModelConfig(),
@@ -46,6 +54,7 @@ class OurTrainer:
         config = resolve(read_deepspeed_config(ZERO / f"zero1_{precision}.json"), recipe, rank.world_size)
         with device:  # random numbers for 135 million weights are made where they are needed
             self.model = FCN(outputs, recipe.model)
+        self.model.recompute_stages, self.model.recompute_images = recompute_stages, recipe.train.recompute_images
         groups = parameter_groups(self.model, recipe.schedule)
         self.engine = build_engine(self.model, config, groups)
         self.engine.train()
@@ -73,8 +82,9 @@ class OurTrainer:
         set_learning_rate(self.engine, self.job.groups, LEARNING_RATE)
         images, targets = to_device(inputs, recipe.data, recipe.train.seed, self.job.device)
         dropout_keys = [key64(recipe.train.seed, position) for position in inputs.positions]
-        coarse = self.engine(images, coarse=True, dropout_keys=dropout_keys)
-        loss = summed_cross_entropy(coarse, targets, self.job.stride)
+        loss = summed_cross_entropy(
+            self.engine(images, coarse=True, dropout_keys=dropout_keys), targets, self.job.stride
+        )
         backward(self.engine, self.check.watch(loss) * (1 / inputs.labelled))
         self.engine.step()
         if not self.check.finite(1, [inputs]):
@@ -92,11 +102,12 @@ class OurTrainer:
         del self.engine, self.model, self.job, self.check
 
 
-def train(precision: str, **options: Any) -> dict[str, Any]:
+def train(precision: str, recompute_stages: int = 0, **options: Any) -> dict[str, Any]:
     """Figures of training steps; `options` are those of `measure`."""
-    return measure(lambda outputs, device: OurTrainer(outputs, device, precision), **options)
+    return measure(partial(OurTrainer, precision=precision, recompute_stages=recompute_stages), **options)
 
 
-def train_largest(precision: str, **options: Any) -> dict[str, Any]:
+def train_largest(precision: str, recompute_stages: int = 0, **options: Any) -> dict[str, Any]:
     """The largest batches; `options` are those of `largest`."""
-    return largest(lambda outputs, device: OurTrainer(outputs, device, precision), compiled=False, **options)
+    build = partial(OurTrainer, precision=precision, recompute_stages=recompute_stages)
+    return largest(build, compiled=False, **options)

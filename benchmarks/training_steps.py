@@ -117,9 +117,17 @@ def timed(
 
 
 def largest(
-    build: Build, compiled: bool, budgets: list[int], size: int, outputs: int, steps: int, warmup: int
+    build: Build,
+    compiled: bool,
+    budgets: list[int],
+    size: int,
+    outputs: int,
+    steps: int,
+    warmup: int,
+    in_whole: bool = True,
 ) -> dict[str, Any]:
-    """The largest batch in each of `budgets` GB of GPU memory and in the whole of it, and images a second there.
+    """The largest batch in each of `budgets` GB of GPU memory and, if `in_whole`, in all there is; images a second
+    at the last of these.
 
     A batch that fits has trained two steps in memory that CUDA limits to the budget, less what the process holds
     besides torch's own. A compiled network starts from the batch of one that is not.
@@ -134,8 +142,10 @@ def largest(
         search.limit(budget * GB)
         found = max(1, largest_that_fits(search.fits, found))
         batches[str(budget)] = found if search.fits(found) else 0
-    search.limit(total)
-    found = whole = largest_that_fits(search.fits, found)
+    if in_whole:
+        search.limit(total)
+        found = largest_that_fits(search.fits, found)
+    whole = found if in_whole else None
     while found:
         try:
             trainer = search.trainer()
@@ -156,7 +166,7 @@ def largest(
             "flops": trainer.flops((size, size)),
             "stopped by": search.stopped_by,
         }
-    return {"batches": batches, "whole": 0, "stopped by": search.stopped_by}
+    return {"batches": batches, "whole": whole and 0, "stopped by": search.stopped_by}
 
 
 class Search:

@@ -8,13 +8,13 @@ import torch
 from measure import Contender, Measured, run_rounds
 from torch import nn
 from torch.nn import functional as F
-from training import OURS_BF16, PEER_FP32, cpu_targets, gpu_targets, largest_table, steps_table
+from training import OURS_BF16, PEER_FP32, RECOMPUTED, cpu_targets, gpu_targets, largest_table, steps_table
 from training_peer import PeerFCN8s, PeerTrainer, bilinear, learned, summed_loss
 from training_steps import TOLERANCE, draw_scenes, largest_that_fits
 
 from fcn_dist.model.devices import peak_flops
 
-CONTENDERS = {name: Contender(name, "", {}, "does") for name in (OURS_BF16, PEER_FP32, "peer, autocast")}
+CONTENDERS = {name: Contender(name, "", {}, "does") for name in (OURS_BF16, PEER_FP32, RECOMPUTED, "peer, autocast")}
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +134,11 @@ def test_targets_of_a_gpu_are_read_at_each_ones_own_largest_batch() -> None:
         Measured(CONTENDERS[OURS_BF16], [largest(90.0)]),
         Measured(CONTENDERS[PEER_FP32], [largest(30.0)]),
         Measured(CONTENDERS["peer, autocast"], [largest(50.0)]),
+        Measured(CONTENDERS[RECOMPUTED], [largest(20.0) | {"batches": {"12": 900}, "whole": None, "batch": 900}]),
     ]
+    assert largest_table(measured, 2e14).rows[3][1:7] == ("900", "-", "-", "-", "900", "20.0")
     assert largest_table(measured, 2e14).rows[0][1:8] == ("600", "1300", "-", "5000", "4900", "90.0", "45.0")
-    assert [target.found for target in gpu_targets(measured, 2e14)] == pytest.approx([3, 1.8, 45, 600])
+    assert [target.found for target in gpu_targets(measured, 2e14)] == pytest.approx([3, 1.8, 45, 900])
     without = [Measured(CONTENDERS[OURS_BF16], [none_fits])]
     assert largest_table(without, 2e14).rows[0][1:8] == ("0", "-", "-", "0", "-", "0.0", "0.0")
     assert "stopped by: illegal" in largest_table(without, 2e14).rows[0][8]
