@@ -134,6 +134,22 @@ def test_ranks_and_accumulation_make_the_same_update_from_the_same_global_batch(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", range(3))
+def test_recomputation_trains_the_same(stage: int, shards: Path, recipe: Path, tmp_path: Path) -> None:
+    """All stages of the network, image by image where that can be, with accumulation and dropout."""
+    config = config_with(tmp_path, zero_config(stage), gradient_accumulation_steps=2)
+    found = {}
+    for name, stages in (("plain", 0), ("recomputed", 6)):
+        run = tmp_path / name
+        more = ["--set", f"train.recompute_stages={stages}", "--set", "train.recompute_images=1"]
+        run_ranks(TRAIN, arguments(shards, run, recipe, config, *more), 2, tmp_path, TIME_LIMIT)
+        found[name] = (losses(run), weights(run, tmp_path))
+    assert found["recomputed"][0] == pytest.approx(found["plain"][0], rel=1e-6)
+    for key, tensor in found["plain"][1].items():
+        assert float((found["recomputed"][1][key] - tensor).abs().max()) < 2e-5, key
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp16"), (2, "bf16"), (3, "fp32")])
 def test_a_resumed_run_ends_with_the_weights_optimizer_state_and_losses_of_one_that_never_stopped(
     stage: int, precision: str, shards: Path, recipe: Path, tmp_path: Path
