@@ -67,8 +67,8 @@ class OurTrainer:
         self.check = StepCheck(self.job, self.engine, shard_set, folder, progress, Journal(folder, 0))
 
     def compile(self) -> None:
-        """Users train it as it is."""
-        raise NotImplementedError
+        """Not asked for: users train it as it is."""
+        raise AssertionError("no row of ours is compiled")
 
     def prepare(self, scenes: Scenes) -> Batch:
         """What the loader hands over."""

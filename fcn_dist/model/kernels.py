@@ -114,10 +114,10 @@ def _loss_squares(
         ne, ne_channels = _cell(image, row - 1, column, h, w, C)
         sw, sw_channels = _cell(image, row, column - 1, h, w, C)
         se, se_channels = _cell(image, row, column, h, w, C)
-        nw_score = tl.load(scores + nw + channel, mask=channel < nw_channels, other=0.0).to(tl.float32)
-        ne_score = tl.load(scores + ne + channel, mask=channel < ne_channels, other=0.0).to(tl.float32)
-        sw_score = tl.load(scores + sw + channel, mask=channel < sw_channels, other=0.0).to(tl.float32)
-        se_score = tl.load(scores + se + channel, mask=channel < se_channels, other=0.0).to(tl.float32)
+        nw_score = _read(scores + nw + channel, channel < nw_channels)
+        ne_score = _read(scores + ne + channel, channel < ne_channels)
+        sw_score = _read(scores + sw + channel, channel < sw_channels)
+        se_score = _read(scores + se + channel, channel < se_channels)
         nw_gradient = tl.zeros([N], tl.float32)
         ne_gradient = tl.zeros([N], tl.float32)
         sw_gradient = tl.zeros([N], tl.float32)
@@ -183,10 +183,10 @@ def _argmax_squares(
     ne, ne_channels = _cell(image, row - 1, column, h, w, C)
     sw, sw_channels = _cell(image, row, column - 1, h, w, C)
     se, se_channels = _cell(image, row, column, h, w, C)
-    nw_score = tl.load(scores + nw + channel, mask=channel < nw_channels, other=0.0).to(tl.float32)
-    ne_score = tl.load(scores + ne + channel, mask=channel < ne_channels, other=0.0).to(tl.float32)
-    sw_score = tl.load(scores + sw + channel, mask=channel < sw_channels, other=0.0).to(tl.float32)
-    se_score = tl.load(scores + se + channel, mask=channel < se_channels, other=0.0).to(tl.float32)
+    nw_score = _read(scores + nw + channel, channel < nw_channels)
+    ne_score = _read(scores + ne + channel, channel < ne_channels)
+    sw_score = _read(scores + sw + channel, channel < sw_channels)
+    se_score = _read(scores + se + channel, channel < se_channels)
     for y in range(tl.maximum(top, 0), tl.minimum(top + STRIDE, H)):
         south = _weight(y - top, row, h, STRIDE)
         w_score = nw_score * (1 - south) + sw_score * south
@@ -220,6 +220,10 @@ def _weight(offset, square, cells, STRIDE: tl.constexpr):
 
 
 @triton.jit
+def _read(pointer, mask):
+    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _add(pointer, value, mask):
-    before = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
-    tl.store(pointer, (before + value).to(pointer.dtype.element_ty), mask=mask)
+    tl.store(pointer, (_read(pointer, mask) + value).to(pointer.dtype.element_ty), mask=mask)
