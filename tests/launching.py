@@ -1,6 +1,7 @@
 """Real ranks under the real launcher, with a hard time limit."""
 
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -42,7 +43,7 @@ def _run(command: Sequence[str], script: Path, folder: Path, timeout: float, wan
         process = subprocess.Popen(
             command,
             cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -53,13 +54,24 @@ def _run(command: Sequence[str], script: Path, folder: Path, timeout: float, wan
             code = None
         finally:
             if process.poll() is None:
+                _abort_with_stacks(process.pid)
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     text = log.read_text()
     if code != wanted:
         reason = f"no end within {timeout} s" if code is None else f"exit code {code}, not {wanted}"
-        pytest.fail(f"{' '.join(command)}: {reason}\n{text[-6000:]}")
+        pytest.fail(f"{' '.join(command)}: {reason}\n{text[-30000:]}")
     return text
+
+
+def _abort_with_stacks(group: int) -> None:
+    """Have each process of a group print the Python stacks of its threads, as faulthandler does at SIGABRT, and end."""
+    for pid in sorted(group_members(group)):
+        with suppress(ProcessLookupError):
+            descriptor = os.pidfd_open(pid)
+            os.kill(pid, signal.SIGABRT)
+            select.select([descriptor], [], [], 5)
+            os.close(descriptor)
 
 
 def group_members(group: int) -> list[int]:

@@ -1,6 +1,5 @@
 """Loader processes that are killed: the ranks end together, and the run goes on where it was."""
 
-import gc
 import json
 import multiprocessing
 import os
@@ -16,12 +15,11 @@ from typing import Any
 import pytest
 from colour_scenes import write_colour_scenes
 from launching import run_alone, run_ranks
-from torch.utils.data import DataLoader, IterableDataset
 
 from fcn_dist.checkpoints.store import open_checkpoint
 from fcn_dist.config import DataConfig
 from fcn_dist.data.loader import Batch, build_loader, build_scene_loader
-from fcn_dist.data.loaderprocesses import ended_with_the_block, started
+from fcn_dist.data.loaderprocesses import ended_with_the_block
 from fcn_dist.data.packing.run import pack
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.stream import SampleStream
@@ -54,37 +52,6 @@ def first_of(items: Iterator[Any]) -> list[BaseProcess]:
     before = multiprocessing.active_children()
     next(items)
     return [process for process in multiprocessing.active_children() if process not in before]
-
-
-class Group:
-    """As a process group: in a cycle, so that only the collector finds it, and its end is for its process alone."""
-
-    def __init__(self, ends: Path) -> None:
-        self.ends, self.itself = ends, self
-
-    def __del__(self) -> None:
-        with self.ends.open("a") as file:
-            file.write(f"{os.getpid()}\n")
-
-
-class Collecting(IterableDataset[int]):
-    def __iter__(self) -> Iterator[int]:
-        gc.collect()
-        yield os.getpid()
-
-
-def test_garbage_of_this_process_is_not_collected_in_a_loader_process(tmp_path: Path) -> None:
-    ends = tmp_path / "ends"
-    gc.disable()
-    try:
-        Group(ends)
-        loader = DataLoader(Collecting(), batch_size=None, num_workers=1, multiprocessing_context="fork")
-        assert list(started(loader)) != [os.getpid()]
-        assert not ends.exists()
-        gc.collect()
-    finally:
-        gc.enable()
-    assert ends.read_text() == f"{os.getpid()}\n"
 
 
 def kill(victim: BaseProcess, number: signal.Signals) -> None:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from fcn_dist.config import DataConfig
 from fcn_dist.data.crops import BadSample, CropReader, read_arrays
+from fcn_dist.data.forking import ThreadedForkContext
 from fcn_dist.data.handoff import Place, Slots
 from fcn_dist.data.loaderprocesses import started
 from fcn_dist.data.loadersignals import leave_stopping_to_the_parent
@@ -143,7 +144,7 @@ def _run(pipeline: Any, workers: int) -> Iterator[Any]:
         prefetch_factor=PREFETCHED_BATCHES if workers else None,
         worker_init_fn=_start_worker,
         # The stages are closures, and the shard set is open already: both are inherited, not sent.
-        multiprocessing_context="fork" if workers else None,
+        multiprocessing_context=ThreadedForkContext() if workers else None,
     )
     for item in started(loader):
         if isinstance(item, UserError):

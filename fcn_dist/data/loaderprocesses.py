@@ -1,6 +1,5 @@
 """The processes of a DataLoader: its items in and out, and an EarlyEnd once one of its processes was killed."""
 
-import gc
 import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator
@@ -58,27 +57,13 @@ def _iterator(loader: Iterable[Item]) -> Iterator[Item]:
 
     In the midst of a collective it would leave the other ranks waiting.
     """
-    with _garbage_left_to_this_process():
-        if current_thread() is not main_thread():
-            return iter(loader)  # torch sets none here
-        handler = signal.getsignal(signal.SIGCHLD)
-        try:
-            return iter(loader)
-        finally:
-            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-
-
-@contextmanager
-def _garbage_left_to_this_process() -> Iterator[None]:
-    """What is garbage now is never collected by processes forked in the block.
-
-    The end of a process group joins its threads, and a forked process has none of them: it would wait for ever.
-    """
-    gc.freeze()
+    if current_thread() is not main_thread():
+        return iter(loader)  # torch sets none here
+    handler = signal.getsignal(signal.SIGCHLD)
     try:
-        yield
+        return iter(loader)
     finally:
-        gc.unfreeze()
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 
 def _check(processes: list[BaseProcess]) -> None:
