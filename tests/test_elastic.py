@@ -145,8 +145,9 @@ def assert_same_training(reference: Path, other: Path, losses: float, difference
 
 
 # How far the losses (as a share of them) and the final weights may be apart. Seen: 2e-7 and 3e-6 in fp32, 8e-4 and
-# 1.5e-2 in bf16, where one step of Adam moves a bias of the head by up to 1.2e-2, 0 and 3e-7 in fp16.
-TOLERANCES = {"fp32": (2e-6, 3e-5), "bf16": (3e-3, 3e-2), "fp16": (1e-4, 1e-4)}
+# 1.5e-2 in bf16, where one step of Adam moves a bias of the head by up to 1.2e-2. In fp16 2e-5 and 2e-4: 3e-7 for four
+# steps, until a master on the border between two numbers of 16 bits falls to the other side.
+TOLERANCES = {"fp32": (2e-6, 3e-5), "bf16": (3e-3, 3e-2), "fp16": (2e-4, 2e-3)}
 
 
 @pytest.mark.slow

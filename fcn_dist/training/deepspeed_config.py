@@ -21,8 +21,9 @@ DEFAULT: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": AUTO,
     "gradient_accumulation_steps": AUTO,
     "bf16": {"enabled": True},
-    "zero_optimization": {"stage": 1},
-    "optimizer": {"type": "AdamW", "params": {"lr": AUTO, "weight_decay": 0.01, "torch_adam": True}},
+    # DeepSpeed's own 500 million elements a bucket hold more than the whole network.
+    "zero_optimization": {"stage": 1, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000},
+    "optimizer": {"type": "AdamW", "params": {"lr": AUTO, "weight_decay": 0.01, "torch_adam": True, "fused": True}},
     "gradient_clipping": 1.0,
 }
 
