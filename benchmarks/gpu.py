@@ -100,9 +100,10 @@ def main(argv: list[str]) -> int:
 def gpu_parts() -> list[Part]:
     """What is run on a GPU."""
     return [
-        tests(140),
-        benchmark("training", 290, "--device=cuda", "--batch=16", "--rounds=1", "--steps=10", "--warmup=3"),
-        benchmark("evaluation", 80, "--device=cuda", "--images=32", "--warmup=8", "--rounds=1"),
+        tests(130),
+        benchmark("training", 260, "--device=cuda", "--batch=16", "--rounds=1", "--steps=10", "--warmup=3"),
+        benchmark("planning", 60, "--device=cuda"),
+        benchmark("evaluation", 70, "--device=cuda", "--images=32", "--warmup=8", "--rounds=1"),
     ]
 
 
@@ -113,6 +114,7 @@ def tiny_parts() -> list[Part]:
     return [
         tests(140),
         benchmark("training", 120, *once, "--steps=1", *training, report="training-cpu"),
+        benchmark("planning", 120, "--device=cpu", "--only=1", "--size=32", "--width=0.1", report="planning-cpu"),
         benchmark("evaluation", 120, *once, "--images=1", "--width=0.1", report="evaluation-cpu"),
     ]
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "verify": "check a shard set against its index",
     "describe": "print what a shard set holds",
     "synthesize": "render synthetic scenes",
+    "plan": "reckon what training holds and which micro-batch fits",
     "train": "train on one device, all devices of this host, or several hosts",
     "evaluate": "score a run or a model file on a shard set",
     "convert": "turn a run's checkpoint into one model file",

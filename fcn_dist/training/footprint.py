@@ -1,0 +1,166 @@
+"""What a training step holds for its images: a network, a crop and a precision in, bytes out.
+
+A step is taken with fake tensors, which have sizes but no content, so that neither a device nor much time is needed.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fcn_dist.config import ModelConfig, Recipe
+from fcn_dist.model.fcn import FCN
+from fcn_dist.model.loss import summed_cross_entropy
+from fcn_dist.training.augment import jitter
+
+SMALLEST = 8  # images; two sizes are tried, and what the recomputation of early stages holds has its full size in both
+
+
+class Moment(NamedTuple):
+    """Bytes above parameters and optimizer, at one moment of a step."""
+
+    activations: float
+    gradients: float  # of the parameters, those there are by then
+
+
+class Step(NamedTuple):
+    """The moments of a step's parts at which they hold most."""
+
+    forward: Moment  # the loss, too
+    head: Moment  # backward, until the gradient of the largest weight, that of fc6, is there: among the activations
+    trunk: Moment  # the rest
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What steps of any size hold: each of its parts grows by the same with every image."""
+
+    small: Step
+    large: Step
+    images: tuple[int, int]  # in each
+
+    def step(self, images: int) -> Step:
+        """Of a micro-batch of so many images."""
+        share = (images - self.images[0]) / (self.images[1] - self.images[0])
+        return Step(*(between(*moments, share) for moments in zip(self.small, self.large, strict=True)))
+
+
+def between(small: Moment, large: Moment, share: float) -> Moment:
+    """On the line through two moments, `share` of the way from one to the other."""
+    activations = small.activations + share * (large.activations - small.activations)
+    return Moment(max(0.0, activations), large.gradients)
+
+
+def footprint(recipe: Recipe, outputs: int, precision: torch.dtype, recompute_stages: int) -> Footprint:
+    """Of a recipe's steps with a network of so many outputs, its pixels and labels included."""
+    train, data = recipe.train, recipe.data
+    smallest = max(SMALLEST, train.recompute_images)
+    sizes = (smallest, 2 * smallest)
+    options = (recipe.model, outputs, data.crop, bool(data.jitter), precision, recompute_stages, train.recompute_images)
+    return Footprint(rehearsed(sizes[0], *options), rehearsed(sizes[1], *options), sizes)
+
+
+@cache
+def rehearsed(
+    images: int,
+    config: ModelConfig,
+    outputs: int,
+    crop: tuple[int, int],
+    jittered: bool,
+    precision: torch.dtype,
+    recompute_stages: int,
+    recompute_images: int,
+) -> Step:
+    """A step of `images` images, taken with fake tensors."""
+    with FakeTensorMode(), default_dtype(precision):
+        model = FCN(outputs, config)
+        model.recompute_stages, model.recompute_images = recompute_stages, recompute_images
+        with default_dtype(torch.float32):
+            tracker = Tracker(model)
+            pixels = torch.zeros(images, *crop, 3, dtype=torch.uint8)
+            labels = torch.zeros(images, *crop, dtype=torch.uint8)
+            tracker.add(pixels, labels)
+            with tracker:
+                if jittered:
+                    pixels = jitter(pixels, torch.ones(images, 3))
+                scores = model(pixels, coarse=True, dropout_keys=range(images))
+                loss = summed_cross_entropy(scores, labels, model.stride)
+                tracker.begin_part()
+                loss.backward()  # type: ignore[no-untyped-call]
+                tracker.begin_part()
+    return Step(*tracker.moments)
+
+
+class Tracker(TorchDispatchMode):
+    """Adds up the storages of tensors while operations make them and as they are freed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.held, self.gradients = 0, 0
+        self.moments: list[Moment] = []  # of parts that have ended
+        self._fullest = Moment(0, 0)  # of this part
+        self._known = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._largest = max(trained, key=lambda parameter: parameter.numel())
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(self._add_gradient)  # type: ignore[no-untyped-call]
+
+    def add(self, *tensors: Tensor) -> None:
+        """Count the storages of `tensors`, each once, until they are freed."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._known:
+                self._known.add(key)
+                self.held += size
+                weakref.finalize(storage, self._drop, key, size)
+        if self.held > sum(self._fullest):
+            self._fullest = self._now()
+
+    def begin_part(self) -> None:
+        """Of the step."""
+        self.moments.append(self._fullest)
+        self._fullest = self._now()
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.held -= size
+
+    def _add_gradient(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self.gradients += parameter.grad.untyped_storage().nbytes()
+        if parameter is self._largest:
+            self.begin_part()
+
+    def _now(self) -> Moment:
+        return Moment(self.held - self.gradients, self.gradients)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.add(*(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)))
+        return result
+
+
+def without_content(config: ModelConfig, outputs: int) -> FCN:
+    """A network whose weights have sizes alone."""
+    with FakeTensorMode():
+        return FCN(outputs, config)
+
+
+@contextmanager
+def default_dtype(precision: torch.dtype) -> Iterator[None]:
+    """New floating-point tensors have this precision in the block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(precision)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,135 @@
+"""What a rank holds under DeepSpeed: a network's size and a footprint in, bytes and a micro-batch out.
+
+How DeepSpeed 0.19.8 holds parameters, gradients and optimizer state was read off torch's allocator, by stage and
+precision, with a fused Adam; benchmarks/memory.py measures it again.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from fcn_dist.model.fcn import FCN
+from fcn_dist.training.footprint import Footprint, Step
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MASTER, MOMENTS, NORM = 4, 8, 8  # bytes a parameter: in float32, Adam's two in float32, copied to float64 for a norm
+DEFAULT_BUCKET = 500_000_000  # elements
+# Of the largest weight, beside its gradient: the weight itself laid out for the convolution, and once more for its
+# gradient, and the gradient laid out as DeepSpeed needs it.
+LAYOUTS = 3
+MOST = 1 << 16  # images; a search for the largest micro-batch ends there
+
+
+class Weights(NamedTuple):
+    """Of a network, in elements."""
+
+    all: int
+    largest: int
+
+    @classmethod
+    def of(cls, model: FCN) -> "Weights":
+        """Those of `model`."""
+        sizes = [parameter.numel() for parameter in model.parameters()]
+        return cls(sum(sizes), max(sizes))
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What decides how DeepSpeed holds them."""
+
+    stage: int
+    precision: str  # "float32", "bfloat16" or "float16"
+    world_size: int
+    bucket: int = DEFAULT_BUCKET  # elements of a reduction
+    buckets: int = 1  # that are filled in turn
+    accumulates: bool = False  # over several micro-batches a step
+
+    @classmethod
+    def of(cls, zero: dict[str, Any], precision: str, world_size: int, accumulates: bool = False) -> "Engine":
+        """As a configuration's section zero_optimization says."""
+        stage = zero.get("stage", 0)
+        bucket = int(zero.get("reduce_bucket_size", DEFAULT_BUCKET))
+        return cls(stage, precision, world_size, bucket, 2 if zero.get("overlap_comm") else 1, accumulates)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a parameter in forward and backward."""
+        return DTYPES[self.precision].itemsize
+
+    def share(self, partitioned_from: int) -> float:
+        """Of what is partitioned from that stage on, what a rank holds."""
+        return 1 / self.world_size if self.stage >= partitioned_from else 1.0
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes on a rank at the two moments of a step at which it may hold most."""
+
+    parameters: float
+    gradients: float  # once all are there
+    optimizer: float  # masters and moments
+    buffers: float  # of reductions, and of parameters that are gathered
+    activations: float  # of the micro-batch; pixels, labels and what is laid out anew for a while with them
+    backward: float  # all that is held, at most, in forward and backward
+    update: float  # likewise while the optimizer works
+
+    @property
+    def most(self) -> float:
+        """At any time."""
+        return max(self.backward, self.update)
+
+
+def held(weights: Weights, engine: Engine, step: Step) -> Held:
+    """What a rank holds in a step."""
+    size, largest = engine.itemsize, weights.largest * engine.itemsize
+    masters = MASTER if engine.stage or engine.precision != "float32" else 0
+    parameters = weights.all * size * engine.share(3)
+    optimizer = weights.all * (masters + MOMENTS) * engine.share(1)
+    partitioned = engine.share(2 if engine.accumulates else 1)
+    gradients = weights.all * size * partitioned
+    buffers: float = engine.bucket * size * engine.buckets if engine.stage else 0
+    if engine.stage == 3:
+        # All are gathered in turn and let go late (stage3_max_live_parameters), but those a rank has anyway; and
+        # gradients have a place that is never given back.
+        buffers += weights.all * size * (1 - engine.share(3)) + gradients
+    fixed = parameters + optimizer + buffers
+    forward = step.forward.activations + (LAYOUTS - 1) * largest
+    head = step.head.activations + step.head.gradients * partitioned + LAYOUTS * largest
+    trunk = step.trunk.activations + step.trunk.gradients * partitioned
+    in_backward = max(step.forward.activations, head, trunk)
+    # DeepSpeed's optimizer for stage 0 in 16 bits takes no norm in float64.
+    norm = NORM * min(weights.largest, weights.all * engine.share(1)) if engine.stage or size == MASTER else 0
+    in_float32 = MASTER * weights.all * engine.share(1) if masters and size < MASTER else 0
+    flattened = weights.all * size * engine.share(1) if engine.stage in (1, 2) else 0
+    update = parameters + optimizer + gradients + max(norm, in_float32 + flattened)
+    activations = max(step.forward.activations, head - step.head.gradients * partitioned, step.trunk.activations)
+    return Held(parameters, gradients, optimizer, buffers, activations, fixed + max(in_backward, forward), update)
+
+
+def largest_micro_batch(weights: Weights, engine: Engine, footprint: Footprint, memory: float) -> int:
+    """The most images a micro-batch may have if a rank may hold `memory` bytes; 0 if not even one."""
+    fits, too_many = 0, MOST + 1
+    while too_many - fits > 1:
+        images = (fits + too_many) // 2
+        if held(weights, engine, footprint.step(images)).most <= memory:
+            fits = images
+        else:
+            too_many = images
+    return fits
+
+
+def sent(weights: Weights, engine: Engine, micro_batches: int = 1) -> float:
+    """Bytes that a rank sends in a step of so many micro-batches, by rings: each ring passes on all but its own part.
+
+    Gradients of stages 0 and 1 are reduced once a step, those of 2 and 3 after every micro-batch; stage 3 gathers the
+    parameters for each forward and each backward, stages 1 and 2 after the update.
+    """
+    ring = weights.all * engine.itemsize * (engine.world_size - 1) / engine.world_size
+    if engine.stage == 0:
+        return 2 * ring
+    if engine.stage == 1:
+        return 2 * ring
+    if engine.stage == 2:
+        return (micro_batches + 1) * ring
+    return 3 * micro_batches * ring

@@ -1,0 +1,56 @@
+"""What a step holds by reckoning, beside what torch's allocator held in the step itself."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fcn_dist.config import load_recipe
+from fcn_dist.model.fcn import FCN
+from fcn_dist.model.loss import summed_cross_entropy
+from fcn_dist.training.footprint import footprint, without_content
+from fcn_dist.training.memoryplan import Engine, Weights, held
+
+OUTPUTS = 151
+IMAGES = 24  # more than are rehearsed
+
+
+def most_held(recompute_stages: int, width: float, size: int) -> int:
+    """Bytes: parameters and gradients in float32, and all else of a forward and backward."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        recipe = load_recipe(None, [f"model.width={width}"])
+        model = FCN(OUTPUTS, recipe.model)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.contiguous()  # as for DeepSpeed
+        model.recompute_stages, model.recompute_images = recompute_stages, recipe.train.recompute_images
+        pixels = torch.zeros(IMAGES, size, size, 3, dtype=torch.uint8)
+        labels = torch.zeros(IMAGES, size, size, dtype=torch.uint8)
+        scores = model(pixels, coarse=True, dropout_keys=range(IMAGES))
+        summed_cross_entropy(scores, labels, model.stride).backward()  # type: ignore[no-untyped-call]
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    now = most = 0
+    for _, change in changes:
+        now += change
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize("recompute_stages", [0, 2, 3])
+def test_it_is_what_the_allocator_holds_for_more_images_than_were_rehearsed(recompute_stages: int) -> None:
+    recipe = load_recipe(None, ["model.width=0.25", "data.crop=[128,128]"])
+    step = footprint(recipe, OUTPUTS, torch.float32, recompute_stages).step(IMAGES)
+    found = held(Weights.of(without_content(recipe.model, OUTPUTS)), Engine(0, "float32", 1), step)
+    assert found.backward - found.optimizer == pytest.approx(most_held(recompute_stages, 0.25, 128), rel=0.01)
+
+
+def test_jittered_pixels_are_held_in_float32_through_the_step() -> None:
+    recipes = [load_recipe(None, ["model.width=0.0625", "data.crop=[32,32]", f"data.jitter={j}"]) for j in (0, 0.4)]
+    plain, jittered = (footprint(recipe, 5, torch.float32, 0).step(16) for recipe in recipes)
+    assert jittered.head.activations - plain.head.activations == 16 * 32 * 32 * 3 * (4 - 1)
+
+
+def test_activations_grow_with_the_images_and_gradients_do_not() -> None:
+    steps = footprint(load_recipe(None, ["model.width=0.0625", "data.crop=[64,64]"]), 5, torch.float32, 0)
+    small, large = (steps.step(images) for images in (8, 80))
+    assert large.trunk.activations == pytest.approx(10 * small.trunk.activations, rel=0.01)
+    assert large.trunk.gradients == small.trunk.gradients > 0 == large.forward.gradients

@@ -1,0 +1,81 @@
+"""The planner's arithmetic. How right it is, benchmarks/planning.py measures."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fcn_dist.training.footprint import Footprint, Moment, Step
+from fcn_dist.training.memoryplan import Engine, Held, Weights, held, largest_micro_batch, sent
+
+ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = Weights(135_000_000, 102_800_000)
+EACH = 25_000_000  # bytes an image
+
+
+def steps(each: int = EACH) -> Footprint:
+    def of(images: int) -> Step:
+        return Step(*(Moment(images * each, gradients) for gradients in (0, 30_000_000, 270_000_000)))
+
+    return Footprint(of(8), of(16), (8, 16))
+
+
+def bytes_a_parameter(stage: int, precision: str, ranks: int) -> Held:
+    found = held(WEIGHTS, Engine(stage, precision, ranks, bucket=1), steps(0).step(1))
+    return Held(*(size / WEIGHTS.all for size in vars(found).values()))
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "ranks", "parameters", "gradients", "optimizer"),
+    [
+        (0, "float32", 1, 4, 4, 8),
+        (0, "bfloat16", 4, 2, 2, 12),
+        (1, "bfloat16", 4, 2, 0.5, 3),
+        (1, "float32", 1, 4, 4, 12),  # ZeRO has masters in float32, too
+        (2, "float16", 4, 2, 0.5, 3),
+        (3, "bfloat16", 4, 0.5, 0.5, 3),
+    ],
+)
+def test_what_adam_under_zero_holds(
+    stage: int, precision: str, ranks: int, parameters: float, gradients: float, optimizer: float
+) -> None:
+    found = bytes_a_parameter(stage, precision, ranks)
+    assert (found.parameters, found.gradients, found.optimizer) == pytest.approx((parameters, gradients, optimizer))
+
+
+def test_stage_1_keeps_whole_gradients_while_it_accumulates() -> None:
+    found = held(WEIGHTS, Engine(1, "bfloat16", 4, accumulates=True), steps().step(1))
+    assert found.gradients == 2 * WEIGHTS.all
+    assert held(WEIGHTS, Engine(2, "bfloat16", 4, accumulates=True), steps().step(1)).gradients == WEIGHTS.all / 2
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("memory", [5e9, 12e9, 80e9])
+def test_the_largest_micro_batch_fits_and_one_more_does_not(stage: int, precision: str, memory: float) -> None:
+    engine = Engine(stage, precision, 8)
+    images = largest_micro_batch(WEIGHTS, engine, steps(), memory)
+    assert images > 0
+    assert held(WEIGHTS, engine, steps().step(images)).most <= memory
+    assert held(WEIGHTS, engine, steps().step(images + 1)).most > memory
+
+
+def test_none_fits_where_the_optimizer_alone_is_too_much() -> None:
+    assert largest_micro_batch(WEIGHTS, Engine(0, "bfloat16", 8), steps(), 1.5e9) == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "micro_batches", "times"),
+    [(0, 1, 2), (0, 4, 2), (1, 4, 2), (2, 1, 2), (2, 4, 5), (3, 1, 3), (3, 4, 12)],
+)
+def test_a_rank_sends_all_but_its_own_part_in_every_ring(stage: int, micro_batches: int, times: int) -> None:
+    ring = 2 * WEIGHTS.all * 7 / 8
+    assert sent(WEIGHTS, Engine(stage, "bfloat16", 8), micro_batches) == times * ring
+    assert sent(WEIGHTS, Engine(stage, "bfloat16", 1), micro_batches) == 0
+
+
+def test_an_engine_is_what_a_shipped_configuration_says() -> None:
+    zero = json.loads((ROOT / "launch" / "zero" / "zero2_bf16.json").read_text())["zero_optimization"]
+    assert Engine.of(zero, "bfloat16", 4) == Engine(2, "bfloat16", 4, 50_000_000)
+    assert Engine.of({"stage": 1, "overlap_comm": True}, "float16", 2) == Engine(1, "float16", 2, buckets=2)
+    assert Engine.of({}, "float32", 1) == Engine(0, "float32", 1)
