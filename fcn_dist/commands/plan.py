@@ -4,9 +4,11 @@ Nothing is trained, and no GPU is needed: see training/footprint.py and training
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -22,6 +24,7 @@ from fcn_dist.training.memoryplan import DTYPES, Engine, Held, Weights, held, la
 STAGES = (0, 1, 2, 3)
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # fp16 holds as much as bf16
 BUCKET = 50_000_000  # elements, as in launch/zero
+WIDTH = 120  # characters of a table that does not go to a terminal
 
 
 class Row(NamedTuple):
@@ -103,7 +106,8 @@ def report(recipe: Recipe, model: FCN, rows: list[Row], gpus: int, memory: float
         table.add_row(
             str(row.engine.stage), PRECISIONS[row.engine.precision], stages, *cells, str(row.largest or "none")
         )
-    console.print(table)
+    # A file is as wide as it needs to be.
+    Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False, markup=False).print(table)
     console.print("\nBytes on each GPU; sent: by each GPU in a step without accumulation.\n")
     for line in advice(recipe, rows, gpus):
         console.print(line)
