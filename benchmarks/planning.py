@@ -58,6 +58,7 @@ ON_CPU = (
     Setting(1, 1, "bf16", recompute_stages=2, micro_batch=24),
     Setting(1, 1, "bf16", recompute_stages=3, micro_batch=24),
     Setting(1, 1, "fp32"),
+    Setting(1, 1, "fp16"),
     Setting(2, 0, "bf16"),
     Setting(2, 1, "bf16"),
     Setting(2, 2, "fp32"),
