@@ -90,8 +90,8 @@ def held(weights: Weights, engine: Engine, step: Step) -> Held:
     gradients = weights.all * size * partitioned
     buffers: float = engine.bucket * size * engine.buckets if engine.stage else 0
     if engine.stage == 3:
-        # All are gathered in turn, beside a rank's own part, and let go late (stage3_max_live_parameters); the largest is
-        # there once more while it is on its way; and gradients have a place that is never given back.
+        # All are gathered in turn, beside a rank's own part, and let go late (stage3_max_live_parameters); the largest
+        # is there once more while it is on its way; and gradients have a place that is never given back.
         buffers += (weights.all * size + largest if engine.world_size > 1 else 0) + gradients
     fixed = parameters + optimizer + buffers
     forward = step.forward.activations + (LAYOUTS - 1) * largest
