@@ -153,12 +153,11 @@ def zero_saves(rows: list[Row], gpus: int) -> str:
     if gpus == 1:
         return "On one GPU, ZeRO partitions nothing: stage 0 or 1 does."
     saved = whole - whole / gpus
-    images = unpartitioned.held.activations
+    activations = show_size(round(unpartitioned.held.activations))
     return (
         f"ZeRO-1 saves {show_size(round(saved))} of {show_size(round(whole))} of optimizer state on each GPU, and no "
         f"number of GPUs more than {show_size(round(whole))}; stages 2 and 3 add little, since the network has "
-        f"{show_size(round(unpartitioned.held.parameters))} of weights, and its images "
-        f"{show_size(round(images))}."
+        f"{show_size(round(unpartitioned.held.parameters))} of weights, and the micro-batch takes {activations}."
     )
 
 
