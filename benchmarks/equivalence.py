@@ -9,17 +9,14 @@ rank has one of its own; ranks beyond their number are left out.
 
 import argparse
 import json
-import os
 import shlex
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from equivalence_page import Cell, Trained, update_page
+from launched import launch
 from report import machine
 
 from fcn_dist.console import run_command, status_console
@@ -28,7 +25,6 @@ from fcn_dist.data.synthetic import render
 from fcn_dist.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-TIME_LIMIT = 600.0  # seconds a training; what hangs is named as failed, not waited for
 STAGES = (0, 1, 2, 3)
 PRECISIONS = ("fp32", "bf16", "fp16")
 RANKS = (1, 2, 4)
@@ -100,36 +96,6 @@ def train(cell: Cell, steps: int, scratch: Path, by_wrapper: bool) -> Trained:
     journal = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in journal if line["event"] == "train"]
     return Trained(cell, tuple(line["loss"] for line in lines), lines[-1]["skipped_steps"])
-
-
-def launch(command: list[str], ranks: int, scratch: Path) -> str:
-    """Run `command` on so many ranks; empty, or why it failed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", port]
-    log = scratch / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*launcher, *command],
-            cwd=scratch,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a group of its own, so that whatever it started ends with it
-        )
-        try:
-            code = process.wait(TIME_LIMIT)
-        except subprocess.TimeoutExpired:
-            return f"not done after {TIME_LIMIT:.0f} s"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    if code:
-        status_console.print(log.read_text()[-4000:])
-        return f"exit code {code}"
-    return ""
 
 
 def _takes_fp16() -> bool:

@@ -9,19 +9,15 @@ and JSON. See benchmarks/README.md.
 import argparse
 import json
 import math
-import os
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from launched import ROOT, launch
 from measure import Contender, Measured
 from report import Table, Target, one_line, targets_table, write_report
 
@@ -30,9 +26,8 @@ from fcn_dist.console import run_command
 from fcn_dist.sizes import show_size
 from fcn_dist.training.deepspeed_config import read_deepspeed_config, resolve
 from fcn_dist.training.footprint import footprint, without_content
-from fcn_dist.training.memoryplan import DTYPES, Engine, Weights, held
+from fcn_dist.training.memoryplan import DTYPES, Partition, Weights, held
 
-ROOT = Path(__file__).resolve().parents[1]
 WITHIN = 0.1  # of what is measured
 LIMIT = 300.0  # seconds of a row
 
@@ -130,41 +125,19 @@ def predicted(setting: Setting, values: Sequence[str], outputs: int) -> float:
     """Bytes, by the planner."""
     recipe = load_recipe(None, [*values, "schedule.steps=1", "schedule.learning_rate=1e-4"])
     config = resolve(read_deepspeed_config(setting.config), recipe, setting.ranks)
-    engine = Engine.of(config.values["zero_optimization"], config.precision, setting.ranks)
+    partition = Partition.of(config.values["zero_optimization"], config.precision, setting.ranks)
     steps = footprint(recipe, outputs, DTYPES[config.precision], setting.recompute_stages)
     weights = Weights.of(without_content(recipe.model, outputs))
-    return held(weights, engine, steps.step(setting.micro_batch)).most
+    return held(weights, partition, steps.step(setting.micro_batch)).most
 
 
 def measured(setting: Setting, values: Sequence[str], outputs: int, limit: float) -> int:
     """Bytes, of the rank that holds most. Raises RuntimeError if the ranks fail, or do not end within `limit` s."""
     script = Path(__file__).with_name("planning_rank.py")
     settings = json.dumps({"config": str(setting.config), "recipe": list(values), "outputs": outputs})
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(setting.ranks)]
-        launcher += ["--master_port", str(probe.getsockname()[1])]
-        probe.close()
-        log = Path(folder) / "log"
-        with log.open("w") as file:
-            process = subprocess.Popen(
-                [sys.executable, *launcher, str(script), settings, folder],
-                env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            try:
-                code: int | None = process.wait(limit)
-            except subprocess.TimeoutExpired:
-                code = None
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-        if code:
-            raise RuntimeError(f"{setting}: exit code {code}\n{log.read_text()[-4000:]}")
-        if code is None:
-            raise RuntimeError(f"{setting}: no end within {limit:.0f} s\n{log.read_text()[-4000:]}")
+    with tempfile.TemporaryDirectory() as folder:
+        if problem := launch([str(script), settings, folder], setting.ranks, Path(folder), limit):
+            raise RuntimeError(problem)
         return max(int(path.read_text()) for path in Path(folder).glob("*.json"))
 
 

@@ -6,7 +6,6 @@ operations hold for themselves, such as weights laid out for a convolution, but 
 
 import argparse
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +25,7 @@ STEPS = 2  # the first allocates the optimizer's state
 
 
 class Peak:
-    """Bytes."""
+    """The most bytes that were held at once."""
 
     most = 0
 
@@ -84,5 +83,4 @@ def most_held(where: torch.device) -> Iterator[Peak]:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()

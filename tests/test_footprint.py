@@ -2,21 +2,21 @@
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from planning_rank import most_held
 
 from fcn_dist.config import load_recipe
 from fcn_dist.model.fcn import FCN
 from fcn_dist.model.loss import summed_cross_entropy
 from fcn_dist.training.footprint import footprint, without_content
-from fcn_dist.training.memoryplan import Engine, Weights, held
+from fcn_dist.training.memoryplan import Partition, Weights, held
 
 OUTPUTS = 151
 IMAGES = 24  # more than are rehearsed
 
 
-def most_held(recompute_stages: int, width: float, size: int) -> int:
+def measured(recompute_stages: int, width: float, size: int) -> int:
     """Bytes: parameters and gradients in float32, and all else of a forward and backward."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with most_held(torch.device("cpu")) as peak:
         recipe = load_recipe(None, [f"model.width={width}"])
         model = FCN(OUTPUTS, recipe.model)
         for parameter in model.parameters():
@@ -26,21 +26,15 @@ def most_held(recompute_stages: int, width: float, size: int) -> int:
         labels = torch.zeros(IMAGES, size, size, dtype=torch.uint8)
         scores = model(pixels, coarse=True, dropout_keys=range(IMAGES))
         summed_cross_entropy(scores, labels, model.stride).backward()  # type: ignore[no-untyped-call]
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    now = most = 0
-    for _, change in changes:
-        now += change
-        most = max(most, now)
-    return most
+    return peak.most
 
 
 @pytest.mark.parametrize("recompute_stages", [0, 2, 3])
 def test_it_is_what_the_allocator_holds_for_more_images_than_were_rehearsed(recompute_stages: int) -> None:
     recipe = load_recipe(None, ["model.width=0.25", "data.crop=[128,128]"])
     step = footprint(recipe, OUTPUTS, torch.float32, recompute_stages).step(IMAGES)
-    found = held(Weights.of(without_content(recipe.model, OUTPUTS)), Engine(0, "float32", 1), step)
-    assert found.backward - found.optimizer == pytest.approx(most_held(recompute_stages, 0.25, 128), rel=0.01)
+    found = held(Weights.of(without_content(recipe.model, OUTPUTS)), Partition(0, "float32", 1), step)
+    assert found.backward - found.optimizer == pytest.approx(measured(recompute_stages, 0.25, 128), rel=0.01)
 
 
 def test_jittered_pixels_are_held_in_float32_through_the_step() -> None:

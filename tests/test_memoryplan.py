@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fcn_dist.training.footprint import Footprint, Moment, Step
-from fcn_dist.training.memoryplan import Engine, Held, Weights, held, largest_micro_batch, sent
+from fcn_dist.training.memoryplan import Held, Partition, Weights, held, largest_micro_batch, sent
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = Weights(135_000_000, 102_800_000)
@@ -21,7 +21,7 @@ def steps(each: int = EACH) -> Footprint:
 
 
 def bytes_a_parameter(stage: int, precision: str, ranks: int) -> Held:
-    found = held(WEIGHTS, Engine(stage, precision, ranks, bucket=1), steps(0).step(1))
+    found = held(WEIGHTS, Partition(stage, precision, ranks, bucket=1), steps(0).step(1))
     return Held(*(size / WEIGHTS.all for size in vars(found).values()))
 
 
@@ -44,24 +44,24 @@ def test_what_adam_under_zero_holds(
 
 
 def test_stage_1_keeps_whole_gradients_while_it_accumulates() -> None:
-    found = held(WEIGHTS, Engine(1, "bfloat16", 4, accumulates=True), steps().step(1))
+    found = held(WEIGHTS, Partition(1, "bfloat16", 4, accumulates=True), steps().step(1))
     assert found.gradients == 2 * WEIGHTS.all
-    assert held(WEIGHTS, Engine(2, "bfloat16", 4, accumulates=True), steps().step(1)).gradients == WEIGHTS.all / 2
+    assert held(WEIGHTS, Partition(2, "bfloat16", 4, accumulates=True), steps().step(1)).gradients == WEIGHTS.all / 2
 
 
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("memory", [5e9, 12e9, 80e9])
 def test_the_largest_micro_batch_fits_and_one_more_does_not(stage: int, precision: str, memory: float) -> None:
-    engine = Engine(stage, precision, 8)
-    images = largest_micro_batch(WEIGHTS, engine, steps(), memory)
+    partition = Partition(stage, precision, 8)
+    images = largest_micro_batch(WEIGHTS, partition, steps(), memory)
     assert images > 0
-    assert held(WEIGHTS, engine, steps().step(images)).most <= memory
-    assert held(WEIGHTS, engine, steps().step(images + 1)).most > memory
+    assert held(WEIGHTS, partition, steps().step(images)).most <= memory
+    assert held(WEIGHTS, partition, steps().step(images + 1)).most > memory
 
 
 def test_none_fits_where_the_optimizer_alone_is_too_much() -> None:
-    assert largest_micro_batch(WEIGHTS, Engine(0, "bfloat16", 8), steps(), 1.5e9) == 0
+    assert largest_micro_batch(WEIGHTS, Partition(0, "bfloat16", 8), steps(), 1.5e9) == 0
 
 
 @pytest.mark.parametrize(
@@ -70,12 +70,12 @@ def test_none_fits_where_the_optimizer_alone_is_too_much() -> None:
 )
 def test_a_rank_sends_all_but_its_own_part_in_every_ring(stage: int, micro_batches: int, times: int) -> None:
     ring = 2 * WEIGHTS.all * 7 / 8
-    assert sent(WEIGHTS, Engine(stage, "bfloat16", 8), micro_batches) == times * ring
-    assert sent(WEIGHTS, Engine(stage, "bfloat16", 1), micro_batches) == 0
+    assert sent(WEIGHTS, Partition(stage, "bfloat16", 8), micro_batches) == times * ring
+    assert sent(WEIGHTS, Partition(stage, "bfloat16", 1), micro_batches) == 0
 
 
-def test_an_engine_is_what_a_shipped_configuration_says() -> None:
+def test_a_partition_is_what_a_shipped_configuration_says() -> None:
     zero = json.loads((ROOT / "launch" / "zero" / "zero2_bf16.json").read_text())["zero_optimization"]
-    assert Engine.of(zero, "bfloat16", 4) == Engine(2, "bfloat16", 4, 50_000_000)
-    assert Engine.of({"stage": 1, "overlap_comm": True}, "float16", 2) == Engine(1, "float16", 2, buckets=2)
-    assert Engine.of({}, "float32", 1) == Engine(0, "float32", 1)
+    assert Partition.of(zero, "bfloat16", 4) == Partition(2, "bfloat16", 4, 50_000_000)
+    assert Partition.of({"stage": 1, "overlap_comm": True}, "float16", 2) == Partition(1, "float16", 2, buckets=2)
+    assert Partition.of({}, "float32", 1) == Partition(0, "float32", 1)

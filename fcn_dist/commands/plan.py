@@ -5,6 +5,7 @@ Nothing is trained, and no GPU is needed: see training/footprint.py and training
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,22 +19,23 @@ from fcn_dist.errors import UserError
 from fcn_dist.model.fcn import EARLY_STAGES, FCN
 from fcn_dist.ranks import cut_anew
 from fcn_dist.sizes import parse_size, show_size
+from fcn_dist.training.deepspeed_config import BUCKET
 from fcn_dist.training.footprint import Footprint, footprint, without_content
-from fcn_dist.training.memoryplan import DTYPES, Engine, Held, Weights, held, largest_micro_batch, sent
+from fcn_dist.training.memoryplan import DTYPES, Held, Partition, Weights, held, largest_micro_batch, sent
 
 STAGES = (0, 1, 2, 3)
-PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # fp16 holds as much as bf16
-BUCKET = 50_000_000  # elements, as in launch/zero
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # fp16 has the sizes of bf16
 WIDTH = 120  # characters of a table that does not go to a terminal
 
 
 class Row(NamedTuple):
     """One setting, and what comes of it."""
 
-    engine: Engine
+    partition: Partition
     recompute_stages: int
     held: Held  # at the micro-batch that is asked about
-    largest: int
+    largest: int  # micro-batch
+    accumulated: int  # the largest where several are accumulated
 
 
 def main(argv: list[str]) -> None:
@@ -81,10 +83,13 @@ def plan(recipe: Recipe, outputs: int, weights: Weights, gpus: int, memory: floa
         for precision, stages in settings:
             if stage == 3 and stages:
                 continue  # see deepspeed_config.py
-            engine = Engine(stage, precision, gpus, BUCKET)
+            partition = Partition(stage, precision, gpus, BUCKET)
             steps = footprints[precision, stages]
-            largest = largest_micro_batch(weights, engine, steps, memory)
-            rows.append(Row(engine, stages, held(weights, engine, steps.step(images)), largest))
+            largest, accumulated = (
+                largest_micro_batch(weights, one, steps, memory)
+                for one in (partition, replace(partition, accumulates=True))
+            )
+            rows.append(Row(partition, stages, held(weights, partition, steps.step(images)), largest, accumulated))
     return rows
 
 
@@ -101,10 +106,10 @@ def report(recipe: Recipe, model: FCN, rows: list[Row], gpus: int, memory: float
         table.add_column(name, justify="right", overflow="fold")
     for row in rows:
         kinds = (row.held.parameters, row.held.gradients, row.held.optimizer, row.held.buffers, row.held.activations)
-        cells = [show_size(round(size)) for size in (*kinds, row.held.most, sent(weights, row.engine))]
+        cells = [show_size(round(size)) for size in (*kinds, row.held.most, sent(weights, row.partition))]
         stages = f"stages 1-{row.recompute_stages}" if row.recompute_stages else "-"
         table.add_row(
-            str(row.engine.stage), PRECISIONS[row.engine.precision], stages, *cells, str(row.largest or "none")
+            str(row.partition.stage), PRECISIONS[row.partition.precision], stages, *cells, str(row.largest or "none")
         )
     # A file is as wide as it needs to be.
     Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False, markup=False).print(table)
@@ -116,7 +121,7 @@ def report(recipe: Recipe, model: FCN, rows: list[Row], gpus: int, memory: float
 def advice(recipe: Recipe, rows: list[Row], gpus: int) -> list[str]:
     """What a person would say who looks at the table."""
     plain, best = (
-        max(some, key=lambda row: (row.largest, -row.engine.stage, -row.recompute_stages))
+        max(some, key=lambda row: (row.largest, -row.partition.stage, -row.recompute_stages))
         for some in ([row for row in rows if not row.recompute_stages], rows)
     )
     if not best.largest:
@@ -132,23 +137,25 @@ def advice(recipe: Recipe, rows: list[Row], gpus: int) -> list[str]:
     if total := recipe.train.global_batch:
         if total < gpus:
             return [*lines, f"The recipe's global batch of {total} has less than one image for each of {gpus} GPUs."]
-        cuts = [f"{cut_in_words(total, row.largest, gpus)}, {setting(row)}" for row in (plain, best) if row.largest]
-        if plain.largest * gpus >= total or len(cuts) == 1 or best is plain:
-            lines.append(f"The recipe's global batch of {total}: {cuts[0]}.")
-        else:
-            lines.append(f"The recipe's global batch of {total}: {cuts[0]}; or {cuts[1]}.")
+        cut = [row for row in (plain, best) if row.accumulated or row.largest * gpus >= total]
+        cuts = [f"{cut_in_words(total, row, gpus)}, {setting(row)}" for row in cut]
+        if plain.largest * gpus >= total or best is plain:
+            del cuts[1:]
+        if cuts:
+            lines.append(f"The recipe's global batch of {total}: {'; or '.join(cuts)}.")
     return lines
 
 
-def cut_in_words(total: int, largest: int, gpus: int) -> str:
-    """How a global batch is cut if micro-batches may have `largest` images."""
+def cut_in_words(total: int, row: Row, gpus: int) -> str:
+    """How a global batch is cut."""
+    largest = row.largest if row.largest * gpus >= total else row.accumulated
     cut = cut_anew(total, min(largest, total), gpus)
     return f"{in_words(gpus)} x micro-batch {cut.micro_batch} x accumulation {cut.accumulation}"
 
 
 def zero_saves(rows: list[Row], gpus: int) -> str:
     """How much memory partitioning can save at all, in the precision of the last row of stage 0."""
-    unpartitioned = [row for row in rows if row.engine.stage == 0][-1]
+    unpartitioned = [row for row in rows if row.partition.stage == 0][-1]
     whole = unpartitioned.held.optimizer
     if gpus == 1:
         return "On one GPU, ZeRO partitions nothing: stage 0 or 1 does."
@@ -169,4 +176,4 @@ def in_words(gpus: int) -> str:
 def setting(row: Row) -> str:
     """In words."""
     recomputed = f", stages 1-{row.recompute_stages} recomputed" if row.recompute_stages else ""
-    return f"ZeRO-{row.engine.stage}, {PRECISIONS[row.engine.precision]}{recomputed}"
+    return f"ZeRO-{row.partition.stage}, {PRECISIONS[row.partition.precision]}{recomputed}"

@@ -17,12 +17,12 @@ from fcn_dist.ranks import BatchPlan, cut_anew, plan_batches
 AUTO = "auto"
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
+BUCKET = 50_000_000  # elements; DeepSpeed's own 500 million hold more than the whole network
 DEFAULT: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": AUTO,
     "gradient_accumulation_steps": AUTO,
     "bf16": {"enabled": True},
-    # DeepSpeed's own 500 million elements a bucket hold more than the whole network.
-    "zero_optimization": {"stage": 1, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000},
+    "zero_optimization": {"stage": 1, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET},
     "optimizer": {"type": "AdamW", "params": {"lr": AUTO, "weight_decay": 0.01, "torch_adam": True, "fused": True}},
     "gradient_clipping": 1.0,
 }

@@ -1,7 +1,7 @@
 """What a rank holds under DeepSpeed: a network's size and a footprint in, bytes and a micro-batch out.
 
 How DeepSpeed 0.19.8 holds parameters, gradients and optimizer state was read off torch's allocator, by stage and
-precision, with a fused Adam; benchmarks/memory.py measures it again.
+precision, with a fused Adam; benchmarks/planning.py measures it again.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Weights(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Engine:
+class Partition:
     """What decides how DeepSpeed holds them."""
 
     stage: int
@@ -46,7 +46,7 @@ class Engine:
     accumulates: bool = False  # over several micro-batches a step
 
     @classmethod
-    def of(cls, zero: dict[str, Any], precision: str, world_size: int, accumulates: bool = False) -> "Engine":
+    def of(cls, zero: dict[str, Any], precision: str, world_size: int, accumulates: bool = False) -> "Partition":
         """As a configuration's section zero_optimization says."""
         stage = zero.get("stage", 0)
         bucket = int(zero.get("reduce_bucket_size", DEFAULT_BUCKET))
@@ -80,56 +80,53 @@ class Held:
         return max(self.backward, self.update)
 
 
-def held(weights: Weights, engine: Engine, step: Step) -> Held:
+def held(weights: Weights, partition: Partition, step: Step) -> Held:
     """What a rank holds in a step."""
-    size, largest = engine.itemsize, weights.largest * engine.itemsize
-    masters = MASTER if engine.stage or engine.precision != "float32" else 0
-    parameters = weights.all * size * engine.share(3)
-    optimizer = weights.all * (masters + MOMENTS) * engine.share(1)
-    partitioned = engine.share(2 if engine.accumulates else 1)
+    size, largest = partition.itemsize, weights.largest * partition.itemsize
+    masters = MASTER if partition.stage or partition.precision != "float32" else 0
+    parameters = weights.all * size * partition.share(3)
+    optimizer = weights.all * (masters + MOMENTS) * partition.share(1)
+    partitioned = partition.share(2 if partition.accumulates else 1)
     gradients = weights.all * size * partitioned
-    buffers: float = engine.bucket * size * engine.buckets if engine.stage else 0
-    if engine.stage == 3:
+    buffers: float = partition.bucket * size * partition.buckets if partition.stage else 0
+    if partition.stage == 3:
         # All are gathered in turn, beside a rank's own part, and let go late (stage3_max_live_parameters); the largest
         # is there once more while it is on its way; and gradients have a place that is never given back.
-        buffers += (weights.all * size + largest if engine.world_size > 1 else 0) + gradients
+        buffers += (weights.all * size + largest if partition.world_size > 1 else 0) + gradients
     fixed = parameters + optimizer + buffers
-    forward = step.forward.activations + (LAYOUTS - 1) * largest
+    forward = step.forward.activations + (LAYOUTS - 1) * largest  # no gradient yet
     head = step.head.activations + step.head.gradients * partitioned + LAYOUTS * largest
     trunk = step.trunk.activations + step.trunk.gradients * partitioned
-    in_backward = max(step.forward.activations, head, trunk)
     # DeepSpeed's optimizer for stage 0 in 16 bits takes no norm in float64.
-    norm = NORM * min(weights.largest, weights.all * engine.share(1)) if engine.stage or size == MASTER else 0
-    in_float32 = MASTER * weights.all * engine.share(1) if masters and size < MASTER else 0
-    flattened = weights.all * size * engine.share(1) if engine.stage in (1, 2) else 0
+    norm = NORM * min(weights.largest, weights.all * partition.share(1)) if partition.stage or size == MASTER else 0
+    in_float32 = MASTER * weights.all * partition.share(1) if masters and size < MASTER else 0
+    flattened = weights.all * size * partition.share(1) if partition.stage in (1, 2) else 0
     update = parameters + optimizer + gradients + max(norm, in_float32 + flattened)
     activations = max(step.forward.activations, head - step.head.gradients * partitioned, step.trunk.activations)
-    return Held(parameters, gradients, optimizer, buffers, activations, fixed + max(in_backward, forward), update)
+    return Held(parameters, gradients, optimizer, buffers, activations, fixed + max(forward, head, trunk), update)
 
 
-def largest_micro_batch(weights: Weights, engine: Engine, footprint: Footprint, memory: float) -> int:
+def largest_micro_batch(weights: Weights, partition: Partition, footprint: Footprint, memory: float) -> int:
     """The most images a micro-batch may have if a rank may hold `memory` bytes; 0 if not even one."""
     fits, too_many = 0, MOST + 1
     while too_many - fits > 1:
         images = (fits + too_many) // 2
-        if held(weights, engine, footprint.step(images)).most <= memory:
+        if held(weights, partition, footprint.step(images)).most <= memory:
             fits = images
         else:
             too_many = images
     return fits
 
 
-def sent(weights: Weights, engine: Engine, micro_batches: int = 1) -> float:
+def sent(weights: Weights, partition: Partition, micro_batches: int = 1) -> float:
     """Bytes that a rank sends in a step of so many micro-batches, by rings: each ring passes on all but its own part.
 
     Gradients of stages 0 and 1 are reduced once a step, those of 2 and 3 after every micro-batch; stage 3 gathers the
     parameters for each forward and each backward, stages 1 and 2 after the update.
     """
-    ring = weights.all * engine.itemsize * (engine.world_size - 1) / engine.world_size
-    if engine.stage == 0:
+    ring = weights.all * partition.itemsize * (partition.world_size - 1) / partition.world_size
+    if partition.stage <= 1:
         return 2 * ring
-    if engine.stage == 1:
-        return 2 * ring
-    if engine.stage == 2:
+    if partition.stage == 2:
         return (micro_batches + 1) * ring
     return 3 * micro_batches * ring
