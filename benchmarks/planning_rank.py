@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from fcn_dist.commands.ranks import among_ranks
 from fcn_dist.config import load_recipe
 from fcn_dist.model.fcn import FCN
 from fcn_dist.model.loss import summed_cross_entropy
-from fcn_dist.training.collective import device, leave_ranks, start_ranks
+from fcn_dist.training.collective import device, start_ranks
 from fcn_dist.training.deepspeed_config import read_deepspeed_config, resolve
 from fcn_dist.training.engine import backward, build_engine, set_learning_rate
 from fcn_dist.training.schedule import parameter_groups
@@ -60,7 +61,6 @@ def main() -> None:
             del scores, loss
             engine.step()
     (options.output / f"{rank.index}.json").write_text(json.dumps(peak.most))
-    leave_ranks()
 
 
 @contextmanager
@@ -83,4 +83,5 @@ def most_held(where: torch.device) -> Iterator[Peak]:
 
 
 if __name__ == "__main__":
-    main()
+    with among_ranks():
+        main()

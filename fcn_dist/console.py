@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from fcn_dist.errors import EXIT_LOST_PEER, EXIT_USER_ERROR, EarlyEnd, LostPeer, UserError
+from fcn_dist.errors import EarlyEnd, LostPeer, UserError
 from fcn_dist.ranks import Rank
 
 # A launcher ends the other ranks within about a second of the first failure, so a rank that is still alive after
@@ -32,7 +32,7 @@ def run_command(command: Callable[[], None]) -> int:
             time.sleep(SILENT_RANK_GRACE)
         where = f" (rank {rank.index})" if rank.index else ""
         print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        return error.code
     except EarlyEnd as end:
         if Rank.from_environment().index == 0:
             print(end, file=sys.stderr, flush=True)
@@ -40,7 +40,7 @@ def run_command(command: Callable[[], None]) -> int:
     except LostPeer as loss:
         rank = Rank.from_environment()
         print(f"error (rank {rank.index} on {platform.node()}): {loss}", file=sys.stderr, flush=True)
-        return EXIT_LOST_PEER
+        return loss.code
     except BrokenPipeError:
         # The reader of our output, such as `head`, has what it wanted.
         sys.stderr.close()

@@ -13,6 +13,8 @@ class UserError(Exception):
     The message says what is wrong, the value found, what is needed, and what to change.
     """
 
+    code = EXIT_USER_ERROR
+
 
 class EarlyEnd(Exception):
     """A run that ends before its last step, with an exit code of its own that schedulers can act on.
@@ -33,6 +35,8 @@ class LostPeer(Exception):
 
     The message says how it showed. The cause stands in what the lost rank printed, if it could.
     """
+
+    code = EXIT_LOST_PEER
 
 
 def named(items: list[str], limit: int = 5) -> str:

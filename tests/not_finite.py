@@ -16,6 +16,7 @@ import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from torch import Tensor
 
+from fcn_dist.commands.ranks import among_ranks
 from fcn_dist.config import recipe_from_dict
 from fcn_dist.data.loader import Batch
 from fcn_dist.errors import EarlyEnd
@@ -188,6 +189,7 @@ def run_case(fault: Fault) -> None:
 
 
 if __name__ == "__main__":
-    for case in json.loads(Path(CASES).read_text()):
-        print(case["name"], flush=True)
-        Fault(case).run()
+    with among_ranks():
+        for case in json.loads(Path(CASES).read_text()):
+            print(case["name"], flush=True)
+            Fault(case).run()

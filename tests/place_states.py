@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fcn_dist.checkpoints.store import DEEPSPEED_TAG
 from fcn_dist.checkpoints.trainingstate import read_training_state
+from fcn_dist.commands.ranks import among_ranks
 from fcn_dist.config import ScheduleConfig
 from fcn_dist.errors import UserError
 from fcn_dist.model.fcn import FCN
@@ -132,4 +133,5 @@ def weights_are_rounded(model: FCN, masters: dict[str, Tensor]) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    with among_ranks():
+        main()

@@ -23,6 +23,7 @@ from tiny_models import DESCRIPTION, tiny_network
 
 from fcn_dist.checkpoints.commit import WrittenFile, commit, prepare
 from fcn_dist.checkpoints.store import CheckpointState
+from fcn_dist.commands.ranks import among_ranks
 from fcn_dist.config import Recipe, ScheduleConfig
 from fcn_dist.model.fcn import FCN
 from fcn_dist.training.collective import start_ranks
@@ -45,7 +46,6 @@ def main() -> None:
     for case in cases:
         save(Path(out), case)
     dist.barrier()
-    dist.destroy_process_group()  # left to the end of the process, it ended once with std::terminate
 
 
 def save(out: Path, case: str) -> None:
@@ -158,4 +158,5 @@ def state(config: EngineConfig, world_size: int) -> CheckpointState:
 
 
 if __name__ == "__main__":
-    main()
+    with among_ranks():
+        main()

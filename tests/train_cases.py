@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
+from fcn_dist.commands.ranks import among_ranks
 from fcn_dist.commands.train import run_config
 from fcn_dist.console import run_command
 from fcn_dist.ranks import Rank
@@ -62,17 +63,23 @@ def main(argv: list[str]) -> None:
     resume = [argument for argument in argv if argument == "--resume"]
     if resume:
         vars(run)["build_model"] = build_wrong
+    with among_ranks():
+        train(cases, Path(out), shards, recipe, resume)
+
+
+def train(cases: list[str], out: Path, shards: str, recipe: str, resume: list[str]) -> None:
+    """One run after another."""
     for case in cases:
         precision, stage = case.split("-")
         config = json.loads((ROOT / "launch" / "zero" / f"zero{stage}_{precision}.json").read_text())
         config["gradient_accumulation_steps"] = 2
         if precision == "fp16":
             config["fp16"]["initial_scale_power"] = 10  # the usual first scale overflows for some steps
-        config_path = Path(out) / f"{case}.rank{Rank.from_environment().index}.json"
+        config_path = out / f"{case}.rank{Rank.from_environment().index}.json"
         config_path.write_text(json.dumps(config))
-        buffers = Path(out) / f"{case}.buffers-{Rank.from_environment().index}"
+        buffers = out / f"{case}.buffers-{Rank.from_environment().index}"
         vars(loop)["average_statistics"] = partial(average_and_write, buffers)
-        arguments = ["--shards", shards, "--output", str(Path(out) / case), "--recipe", recipe]
+        arguments = ["--shards", shards, "--output", str(out / case), "--recipe", recipe]
         run.train(run_config([*arguments, "--deepspeed_config", str(config_path), *resume]))
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fcn_dist.checkpoints.consolidate import consolidate
 from fcn_dist.checkpoints.store import DEEPSPEED_TAG, open_checkpoint
+from fcn_dist.commands.ranks import among_ranks
 from fcn_dist.console import console, status_console
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.transforms import decode
@@ -52,22 +53,21 @@ def main(argv: list[str]) -> None:
     shard_set = ShardSet.open(options.shards, options.split)
     rank = Rank.from_environment()
     model, name = load(options, shard_set)
-    start_ranks(rank)
     shown = rank.index == 0
-    if torch.cuda.is_available():
-        model.to(torch.device("cuda", rank.local))
-    with count_progress(shown) as progress:
-        task = progress.add_task(options.split, total=len(shard_set))
-        scores = evaluate(
-            model,
-            shard_set,
-            rank=rank,
-            workers=options.workers,
-            # Rank 0 sees its own share alone; the others are as far, give or take a sample.
-            advance=lambda samples: progress.advance(task, samples * rank.world_size),
-        )
-    if rank.world_size > 1:
-        dist.destroy_process_group()
+    with among_ranks():
+        start_ranks(rank)
+        if torch.cuda.is_available():
+            model.to(torch.device("cuda", rank.local))
+        with count_progress(shown) as progress:
+            task = progress.add_task(options.split, total=len(shard_set))
+            scores = evaluate(
+                model,
+                shard_set,
+                rank=rank,
+                workers=options.workers,
+                # Rank 0 sees its own share alone; the others are as far, give or take a sample.
+                advance=lambda samples: progress.advance(task, samples * rank.world_size),
+            )
     if shown:
         report(scores, name)
         if options.json:

@@ -3,9 +3,8 @@
 import argparse
 from pathlib import Path
 
+from fcn_dist.commands.ranks import among_ranks
 from fcn_dist.config import Recipe, load_recipe, recipe_from_dict
-from fcn_dist.errors import EarlyEnd
-from fcn_dist.training.collective import leave_ranks
 from fcn_dist.training.deepspeed_config import read_deepspeed_config
 from fcn_dist.training.entry import Start
 from fcn_dist.training.run import RunConfig, train
@@ -15,12 +14,8 @@ from fcn_dist.training.runfolder import RUN_NAME, read_run_record
 def main(argv: list[str]) -> None:
     """Parse, train, and leave the other ranks in order where all come to their end together."""
     config = run_config(argv)
-    try:
+    with among_ranks():
         train(config)
-    except EarlyEnd:
-        leave_ranks()
-        raise
-    leave_ranks()
 
 
 def run_config(argv: list[str]) -> RunConfig:

@@ -60,15 +60,6 @@ def allow_waits(seconds: float) -> None:
         dist.distributed_c10d._set_pg_timeout(max(default_pg_timeout, timedelta(seconds=seconds)), group)
 
 
-def leave_ranks() -> None:
-    """End the threads that talk to other ranks, as the last thing a process does; all ranks have come to their end.
-
-    Left to the interpreter's own end, they may want its lock when it is gone: such a process was once seen to abort.
-    """
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def device(rank: Rank) -> torch.device:
     """Where this rank computes."""
     return torch.device("cuda", rank.local) if torch.cuda.is_available() else torch.device("cpu")
