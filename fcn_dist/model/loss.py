@@ -22,11 +22,13 @@ def summed_cross_entropy(coarse_BChw: Tensor, targets_BHW: Tensor, stride: int) 
     Divide by the labelled pixels of the whole global batch; then ranks and accumulation do not change the update.
     Forward and gradient are one pass, so backward costs one multiplication.
     """
-    loss: Tensor = _SummedCrossEntropy.apply(coarse_BChw, targets_BHW, stride)  # type: ignore[no-untyped-call]
+    loss: Tensor = SummedCrossEntropy.apply(coarse_BChw, targets_BHW, stride)  # type: ignore[no-untyped-call]
     return loss
 
 
-class _SummedCrossEntropy(torch.autograd.Function):
+class SummedCrossEntropy(torch.autograd.Function):
+    """What `summed_cross_entropy` computes, for autograd."""
+
     @staticmethod
     def forward(ctx: Any, coarse: Tensor, targets: Tensor, stride: int) -> Tensor:
         needs_gradient = ctx.needs_input_grad[0]
@@ -36,7 +38,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             # Its launches add to the gradient one after the other; in float32, each of them rounds next to nothing.
             loss, gradient = loss_and_gradient(coarse, targets, stride, torch.float32 if needs_gradient else None)
         else:
-            loss, gradient = _tiled_loss_and_gradient(coarse, targets, stride, needs_gradient)
+            loss, gradient = tiled_loss_and_gradient(coarse, targets, stride, needs_gradient)
         ctx.save_for_backward(gradient)
         ctx.coarse_dtype = coarse.dtype
         return loss
@@ -62,9 +64,10 @@ def saved_dtype(scores: torch.dtype) -> torch.dtype:
     return scores if scores == torch.bfloat16 else torch.promote_types(scores, torch.float32)
 
 
-def _tiled_loss_and_gradient(
+def tiled_loss_and_gradient(
     coarse: Tensor, targets: Tensor, stride: int, needs_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
+    """The loss, and its gradient for the scores if it is needed, through tiles of some images or of a part of one."""
     size = (targets.shape[1], targets.shape[2])
     dtype = torch.promote_types(coarse.dtype, torch.float32)
     gradient = torch.empty_like(coarse, dtype=saved_dtype(coarse.dtype)) if needs_gradient else None

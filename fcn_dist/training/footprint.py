@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from fcn_dist.config import ModelConfig, Recipe
 from fcn_dist.model.fcn import FCN
-from fcn_dist.model.loss import summed_cross_entropy
+from fcn_dist.model.loss import SummedCrossEntropy, saved_dtype, tiled_loss_and_gradient
+from fcn_dist.model.upsampling import tiles
 from fcn_dist.training.augment import jitter
 
 SMALLEST = 8  # images; two sizes are tried, and what the recomputation of early stages holds has its full size in both
@@ -92,11 +93,27 @@ def rehearsed(
                 if jittered:
                     pixels = jitter(pixels, torch.ones(images, 3))
                 scores = model(pixels, coarse=True, dropout_keys=range(images))
-                loss = summed_cross_entropy(scores, labels, model.stride)
+                loss: Tensor = RehearsedLoss.apply(scores, labels, model.stride)  # type: ignore[no-untyped-call]
                 tracker.begin_part()
                 loss.backward()  # type: ignore[no-untyped-call]
                 tracker.begin_part()
     return Step(*tracker.moments)
+
+
+class RehearsedLoss(SummedCrossEntropy):
+    """Holds what the loss of all images holds, but goes through the tiles of the first alone, one as large as another.
+
+    The tiles of all of them took most of a rehearsal's time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, targets: Tensor, stride: int) -> Tensor:
+        gradient = torch.empty_like(scores, dtype=saved_dtype(scores.dtype))
+        first = next(tiles(scores, (targets.shape[1], targets.shape[2]), stride)).images
+        loss, _ = tiled_loss_and_gradient(scores[first], targets[first], stride, needs_gradient=True)
+        ctx.save_for_backward(gradient)
+        ctx.coarse_dtype = scores.dtype
+        return loss
 
 
 class Tracker(TorchDispatchMode):
