@@ -40,6 +40,7 @@ def run_command(command: Callable[[], None]) -> int:
     except LostPeer as loss:
         rank = Rank.from_environment()
         print(f"error (rank {rank.index} on {platform.node()}): {loss}", file=sys.stderr, flush=True)
+        time.sleep(SILENT_RANK_GRACE)  # the lost rank's code is to be the launcher's
         return loss.code
     except BrokenPipeError:
         # The reader of our output, such as `head`, has what it wanted.

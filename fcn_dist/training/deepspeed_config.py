@@ -37,6 +37,11 @@ class EngineConfig:
     learning_rate: float
     precision: str  # "float32", "bfloat16" or "float16"
     zero_stage: int
+    automatic: bool = False  # micro-batch and accumulation are both "auto": memory decides, see fit.py
+
+    def cut(self, plan: BatchPlan) -> "EngineConfig":
+        """The same with the global batch cut otherwise."""
+        return replace(self, values=self.values | sizes_of(plan), plan=plan)
 
 
 def read_deepspeed_config(path: Path | None) -> dict[str, Any]:
@@ -80,9 +85,7 @@ def resolve(values: dict[str, Any], recipe: Recipe, world_size: int, begun: Batc
         )
     optimizer = values["optimizer"]
     resolved = _without_auto(values) | {
-        "train_batch_size": plan.nominal_batch,
-        "train_micro_batch_size_per_gpu": plan.micro_batch,
-        "gradient_accumulation_steps": plan.accumulation,
+        **sizes_of(plan),
         "optimizer": {**optimizer, "params": {**_without_auto(optimizer.get("params", {})), "lr": rate}},
     }
     # Progress is shown by the loop, from figures that are right for the whole global batch.
@@ -90,7 +93,13 @@ def resolve(values: dict[str, Any], recipe: Recipe, world_size: int, begun: Batc
     if stage:
         # DeepSpeed's list of tested optimizers lacks SGD; ZeRO is right for every elementwise update.
         resolved.setdefault("zero_allow_untested_optimizer", True)
-    return EngineConfig(resolved, plan, rate, precision, stage)
+    automatic = all(values.get(key, AUTO) == AUTO for key in BATCH_KEYS[1:])
+    return EngineConfig(resolved, plan, rate, precision, stage, automatic)
+
+
+def sizes_of(plan: BatchPlan) -> dict[str, int]:
+    """A cut in DeepSpeed's words."""
+    return dict(zip(BATCH_KEYS, (plan.nominal_batch, plan.micro_batch, plan.accumulation), strict=True))
 
 
 def _refuse_what_the_recipe_owns(values: dict[str, Any]) -> None:

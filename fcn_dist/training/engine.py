@@ -5,6 +5,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from safetensors.torch import save as serialize
 from torch import Tensor
@@ -13,7 +14,8 @@ from fcn_dist.checkpoints.store import DEEPSPEED_TAG, PROBE_NAME
 from fcn_dist.checkpoints.zero import GROUPS_KEY
 from fcn_dist.errors import UserError
 from fcn_dist.model.fcn import FCN
-from fcn_dist.training.deepspeed_config import EngineConfig
+from fcn_dist.ranks import BatchPlan
+from fcn_dist.training.deepspeed_config import EngineConfig, sizes_of
 from fcn_dist.training.schedule import ParameterGroup
 from fcn_dist.training.snapshot import Snapshots
 
@@ -56,6 +58,20 @@ def _forget_warm_up(engine: Engine) -> None:
     engine.basic_optimizer.state.clear()
     for options in engine.basic_optimizer.param_groups:
         options.pop("step", None)  # where DeepSpeed's own Adam counts
+
+
+def recut(engine: Engine, before: BatchPlan, plan: BatchPlan) -> None:
+    """Have a live engine, cut as `before`, accumulate as `plan`, and forget a step that ended before its reduction."""
+    optimizer = engine.optimizer
+    engine.zero_grad()
+    optimizer.zero_grad()
+    if isinstance(optimizer, ZeROOptimizer):
+        optimizer._backward_active_depth = 0  # it was left inside of a backward
+    if hasattr(optimizer, "gradient_accumulation_steps"):
+        optimizer.gradient_accumulation_steps = plan.accumulation
+    for key, size in sizes_of(plan).items():
+        setattr(engine._config, key, size)
+    engine.micro_steps = engine.micro_steps // before.accumulation * plan.accumulation
 
 
 def set_learning_rate(engine: Engine, groups: list[ParameterGroup], rate: float) -> None:

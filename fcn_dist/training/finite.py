@@ -107,6 +107,12 @@ class StepCheck:
             self._add(done, what, self._seen(losses, largest, micro_batches))
         return not what
 
+    def forget_step(self) -> None:
+        """The step is done again from the start: as if it had never begun."""
+        self._losses, self._largest = [], []
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._kept)
+
     def _keep_buffers(self, module: torch.nn.Module, _arguments: Any) -> None:
         if module.training and not self._losses:  # before the first micro-batch of a step
             torch._foreach_copy_(self._kept, self._buffers)

@@ -11,12 +11,12 @@ from fcn_dist.training.deepspeed_config import EngineConfig
 from fcn_dist.training.schedule import ParameterGroup
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
-    """What does not change from step to step."""
+    """What does not change from step to step, but for the cut of the global batch where memory runs out."""
 
     recipe: Recipe
-    config: EngineConfig
+    config: EngineConfig  # see shortage.py
     groups: list[ParameterGroup]
     stream: SampleStream
     stride: int  # of the network's coarse scores

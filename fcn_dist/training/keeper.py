@@ -157,7 +157,7 @@ class Keeper:
             precision=config.precision,
             model=self._record.model,
             recipe=self._record.recipe,
-            deepspeed=self._record.deepspeed,
+            deepspeed=config.values,
             index_sha256=self._record.index_sha256[TRAINING_SPLIT],
             scores=scores,
         )

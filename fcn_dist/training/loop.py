@@ -1,5 +1,8 @@
 """The loop: batch, forward, backward, step; then log, evaluate and save when they are due."""
 
+from functools import partial
+
+from fcn_dist.data.loader import Batch
 from fcn_dist.keys import key64
 from fcn_dist.model.loss import summed_cross_entropy
 from fcn_dist.progress import TrainingProgress
@@ -15,6 +18,7 @@ from fcn_dist.training.phases import Phase, PhaseClock
 from fcn_dist.training.runfolder import Journal
 from fcn_dist.training.schedule import learning_rate
 from fcn_dist.training.scorer import Scorer
+from fcn_dist.training.shortage import Shortage
 from fcn_dist.training.statistics import average_statistics
 
 
@@ -23,6 +27,8 @@ def train_steps(
     engine: Engine,
     intake: Intake,
     check: StepCheck,
+    meter: Meter,
+    shortage: Shortage,
     clock: PhaseClock,
     pace: PaceReport,
     first_step: int,
@@ -32,8 +38,7 @@ def train_steps(
     keeper: Keeper,
 ) -> int:
     """Train steps `first_step` to `job.steps`, or fewer if a rank is asked to stop; returns the steps done."""
-    recipe, plan, seed = job.recipe, job.config.plan, job.recipe.train.seed
-    meter = Meter(job.device, clock)
+    recipe = job.recipe
     done = first_step
     engine.train()
     for step in range(first_step, job.steps):
@@ -46,17 +51,8 @@ def train_steps(
         done = step + 1
         rate = learning_rate(recipe.schedule, job.config.learning_rate, step, job.steps)
         set_learning_rate(engine, job.groups, rate)
-        # DeepSpeed averages over ranks and accumulation; the loss is a sum over labelled pixels of all of them.
-        scale = plan.world_size * plan.accumulation / agreed.labelled
-        for batch in micro_batches:
-            clock.enter(Phase.FORWARD)
-            images, targets = to_device(batch, recipe.data, seed, job.device)
-            dropout_keys = [key64(seed, position) for position in batch.positions]
-            loss = summed_cross_entropy(engine(images, coarse=True, dropout_keys=dropout_keys), targets, job.stride)
-            clock.enter(Phase.BACKWARD)
-            backward(engine, check.watch(loss) * scale)
-            engine.step()
-            meter.add_loss(loss.detach() / agreed.labelled)
+        work = partial(accumulate, job, engine, check, meter, clock, agreed.labelled)
+        micro_batches = shortage.train(done, micro_batches, work)
         average_statistics(engine.module, job.rank)
         meter.add_step(check.finite(done, micro_batches))
         clock.enter(Phase.LOGGING)
@@ -76,6 +72,29 @@ def train_steps(
         if done < job.steps and due(done, recipe.checkpoint.every, job.steps):
             keeper.save(done, scorer.summary)
     return done
+
+
+def accumulate(
+    job: Job,
+    engine: Engine,
+    check: StepCheck,
+    meter: Meter,
+    clock: PhaseClock,
+    labelled: int,
+    micro_batches: list[Batch],
+) -> None:
+    """Train this rank's micro-batches of one step, whose global batch has so many labelled pixels."""
+    # DeepSpeed averages over ranks and accumulation; the loss is a sum over labelled pixels of all of them.
+    scale = job.rank.world_size * len(micro_batches) / labelled
+    for batch in micro_batches:
+        clock.enter(Phase.FORWARD)
+        images, targets = to_device(batch, job.recipe.data, job.recipe.train.seed, job.device)
+        dropout_keys = [key64(job.recipe.train.seed, position) for position in batch.positions]
+        loss = summed_cross_entropy(engine(images, coarse=True, dropout_keys=dropout_keys), targets, job.stride)
+        clock.enter(Phase.BACKWARD)
+        backward(engine, check.watch(loss) * scale)
+        engine.step()
+        meter.add_loss(loss.detach() / labelled)
 
 
 def due(done: int, every: int, steps: int) -> bool:

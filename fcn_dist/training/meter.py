@@ -30,6 +30,10 @@ class Meter:
         """One micro-batch's share of a global batch's loss; stays on the device until it is read."""
         self._of_this_step.append(share)
 
+    def forget_step(self) -> None:
+        """The step is done again from the start."""
+        self._of_this_step = []
+
     def add_step(self, finite: bool) -> None:
         """A step is done; the losses of one that was not finite say nothing."""
         self._steps += 1

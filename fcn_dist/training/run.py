@@ -30,10 +30,12 @@ from fcn_dist.training.deepspeed_config import BATCH_KEYS, EngineConfig, resolve
 from fcn_dist.training.engine import Engine, build_engine
 from fcn_dist.training.entry import Entry, Start, clear, enter, hold_run_folder
 from fcn_dist.training.finite import StepCheck
+from fcn_dist.training.fit import fit
 from fcn_dist.training.intake import Intake
 from fcn_dist.training.job import Job
 from fcn_dist.training.keeper import Keeper
 from fcn_dist.training.loop import train_steps
+from fcn_dist.training.meter import Meter
 from fcn_dist.training.pace import DeviceEvents, PaceReport
 from fcn_dist.training.phases import Phase, PhaseClock
 from fcn_dist.training.restore import change_of_cut, read_state
@@ -49,6 +51,7 @@ from fcn_dist.training.runfolder import (
 from fcn_dist.training.runlock import RunLock
 from fcn_dist.training.schedule import check_warmup, parameter_groups, total_steps
 from fcn_dist.training.scorer import Scorer
+from fcn_dist.training.shortage import Shortage
 from fcn_dist.training.stop import StopRequest, heeding_signals
 from fcn_dist.training.waits import waits_measured
 from fcn_dist.training.watchdog import start_watchdog
@@ -105,12 +108,13 @@ def make_ready(config: RunConfig) -> Ready:
     model, description, filled = build_model(recipe, shard_set)
 
     start_ranks()
+    engine_config, fitted = fit(engine_config, recipe, model, rank)
     groups = parameter_groups(model, recipe.schedule)
     engine = build_engine(model, engine_config, groups)
     record = run_record(config, engine_config, description, shard_set, validation, steps)
     lock = hold_run_folder(config.output, record.command, rank)
     entry = on_rank_zero(rank, lambda: enter(config.output, config.start, record))
-    lines = headline(record, description, filled, entry)
+    lines = headline(record, description, filled, entry) + fitted
     if entry.checkpoint and not entry.finished:
         read_state(engine, engine_config, entry.checkpoint, rank)
         assert entry.checkpoint.state.position == entry.first_step * engine_config.plan.global_batch
@@ -144,9 +148,13 @@ def _train(config: RunConfig, stop: StopRequest) -> Scores | None:
         bad_samples = BadSamples(data.max_bad_samples, rank, progress, journal)
         intake = Intake(batches, plan.accumulation, rank, job.device, bad_samples, stop)
         check = StepCheck(job, engine, ready.shard_set, config.output, progress, journal)
+        meter = Meter(job.device, clock)
+        shortage = Shortage(job, engine, check, meter, config.output, ready.record, progress, journal)
         pace = PaceReport(rank, clock, events, first_step, progress, journal)
         with keeper:
-            done = train_steps(job, engine, intake, check, clock, pace, first_step, progress, journal, scorer, keeper)
+            done = train_steps(
+                job, engine, intake, check, meter, shortage, clock, pace, first_step, progress, journal, scorer, keeper
+            )
         stop.saving = True
         clock.enter(Phase.SAVING)
         keeper.close(done, scorer.summary)

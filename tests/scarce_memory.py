@@ -1,0 +1,40 @@
+"""launch/train.py on a rank whose memory runs out as SCARCE says: RANK:STEP:MEGABYTES.
+
+From that step on the rank may have so many megabytes more than it has just before, and no more: a limit that the kernel
+keeps, as when another program has the rest.
+"""
+
+import ctypes
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+from fcn_dist.commands.entry import run_script
+from fcn_dist.training import collective
+from fcn_dist.training.shortage import Shortage
+
+RANK, STEP, MEGABYTES = map(int, os.environ["SCARCE"].split(":"))
+TRAIN = Shortage.train
+
+
+def return_freed_memory() -> None:
+    """In place of keep_freed_memory: what steps have freed would otherwise do for the next ones, limit or not."""
+    m_mmap_threshold = -3  # malloc.h
+    ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 16)
+
+
+def train(self: Shortage, done: int, *arguments: Any) -> Any:
+    if done == STEP and os.environ.get("RANK", "0") == str(RANK):
+        status = Path("/proc/self/status").read_text()
+        used = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmData:"))
+        resource.setrlimit(resource.RLIMIT_DATA, ((used + MEGABYTES * 1024) * 1024, resource.RLIM_INFINITY))
+    return TRAIN(self, done, *arguments)
+
+
+vars(collective)["keep_freed_memory"] = return_freed_memory
+Shortage.train = train  # type: ignore[method-assign,assignment]
+
+if __name__ == "__main__":
+    sys.exit(run_script("train"))
