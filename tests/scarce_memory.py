@@ -1,7 +1,7 @@
 """launch/train.py on a rank whose memory runs out as SCARCE says: RANK:STEP:MEGABYTES.
 
 From that step on the rank may have so many megabytes more than it has just before, and no more: a limit that the kernel
-keeps, as when another program has the rest.
+keeps, as when another program has the rest. Step 0 is before the micro-batch is chosen.
 """
 
 import ctypes
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from fcn_dist.commands.entry import run_script
-from fcn_dist.training import collective
+from fcn_dist.training import collective, run
 from fcn_dist.training.shortage import Shortage
 
 RANK, STEP, MEGABYTES = map(int, os.environ["SCARCE"].split(":"))
-TRAIN = Shortage.train
+FIT, TRAIN = vars(run)["fit"], Shortage.train
 
 
 def return_freed_memory() -> None:
@@ -25,15 +25,25 @@ def return_freed_memory() -> None:
     ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 16)
 
 
-def train(self: Shortage, done: int, *arguments: Any) -> Any:
-    if done == STEP and os.environ.get("RANK", "0") == str(RANK):
+def set_limit(step: int) -> None:
+    if step == STEP and os.environ.get("RANK", "0") == str(RANK):
         status = Path("/proc/self/status").read_text()
         used = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmData:"))
         resource.setrlimit(resource.RLIMIT_DATA, ((used + MEGABYTES * 1024) * 1024, resource.RLIM_INFINITY))
+
+
+def fit(*arguments: Any) -> Any:
+    set_limit(0)
+    return FIT(*arguments)
+
+
+def train(self: Shortage, done: int, *arguments: Any) -> Any:
+    set_limit(done)
     return TRAIN(self, done, *arguments)
 
 
 vars(collective)["keep_freed_memory"] = return_freed_memory
+vars(run)["fit"] = fit
 Shortage.train = train  # type: ignore[method-assign,assignment]
 
 if __name__ == "__main__":

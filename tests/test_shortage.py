@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import run_ranks
+from launching import run_alone, run_ranks
 
 from fcn_dist.checkpoints.store import open_checkpoint
 from fcn_dist.data.crops import BadSample
@@ -16,6 +16,7 @@ from fcn_dist.data.packing.run import pack
 from fcn_dist.data.synthetic import render
 from fcn_dist.labels import IGNORE_LABEL
 from fcn_dist.ranks import BatchPlan, cut_anew
+from fcn_dist.training.runfolder import read_run_record
 from fcn_dist.training.shortage import EVENT, halved, pieces
 
 SCRIPT = Path(__file__).with_name("scarce_memory.py")
@@ -55,10 +56,14 @@ def config(folder: Path, stage: int, micro_batch: int | str = "auto") -> Path:
     return path
 
 
+def written_recipe(folder: Path) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
 def train(folder: Path, shards: Path, name: str, config: Path, *more: str, code: int = 0) -> str:
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(RECIPE)
-    arguments = ["--shards", str(shards), "--output", str(folder / name), "--recipe", str(recipe)]
+    arguments = ["--shards", str(shards), "--output", str(folder / name), "--recipe", str(written_recipe(folder))]
     return run_ranks(
         SCRIPT, [*arguments, "--deepspeed_config", str(config), *more], 2, folder, timeout=TIME_LIMIT, code=code
     )
@@ -110,6 +115,24 @@ def test_where_it_cannot_be_halved_the_error_says_what_to_change(
     said = train(tmp_path, shards, "run", config(tmp_path, stage, micro_batch), code=2)
     assert "error (rank 1): out of memory in step 3, with micro-batches of 10 images (" in said
     assert advice in said
+
+
+@pytest.mark.slow
+def test_a_micro_batch_is_chosen_that_trains_in_the_memory_there_is(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = {}
+    for name, limit in (("plenty", "0:99:0"), ("scarce", "0:0:420")):
+        monkeypatch.setenv("SCARCE", limit)
+        more = ["--steps", "2", "--set", "train.global_batch=40", "--set", "data.workers=0"]
+        arguments = ["--shards", str(shards), "--output", str(tmp_path / name), *more]
+        arguments += ["--recipe", str(written_recipe(tmp_path)), "--deepspeed_config", str(config(tmp_path, 1))]
+        run_alone(SCRIPT, arguments, tmp_path, TIME_LIMIT)
+        losses[name] = [line["loss"] for line in events(tmp_path / name, "train")]
+        assert not events(tmp_path / name, EVENT)
+    chosen = {name: read_run_record(tmp_path / name).deepspeed["gradient_accumulation_steps"] for name in losses}
+    assert chosen["plenty"] == 1 < chosen["scarce"] < 20
+    assert losses["scarce"] == pytest.approx(losses["plenty"], rel=1e-4)
 
 
 def cases() -> list[dict[str, Any]]:

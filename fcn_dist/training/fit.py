@@ -19,8 +19,10 @@ from fcn_dist.training.deepspeed_config import EngineConfig
 from fcn_dist.training.footprint import Moment, Step, footprint
 from fcn_dist.training.memoryplan import DTYPES, LAYOUTS, Partition, Weights, held, largest_micro_batch
 
-# Of what is free: the rest is for loader processes, libraries' own memory, and what a CPU lays out anew.
-USABLE = 0.85
+# On a CPU, an engine and the code that is made for every shape of a convolution take some memory of their own.
+RESERVE = {"cuda": 0, "cpu": 250_000_000}  # bytes a rank
+# Of what is free beyond it; loader processes, libraries, holes between blocks, and what a CPU lays out anew need some.
+USABLE = {"cuda": 0.85, "cpu": 0.7}
 TILE_BYTES = 32  # an element of the loss's tiles, at most: scores, what is computed of them, and int64 targets
 
 
@@ -37,13 +39,13 @@ def fit(config: EngineConfig, recipe: Recipe, model: FCN, rank: Rank) -> tuple[E
     if where.type == "cpu":
         free += sum(parameter.nbytes for parameter in model.parameters())  # they become the engine's
     least = -largest_over_ranks(torch.tensor([-free], device=where), rank)
-    memory = USABLE * int(least)
+    memory = USABLE[where.type] * max(0, int(least) - RESERVE[where.type])
     plan = on_rank_zero(rank, lambda: plan_within(memory, config, recipe, model))
     if plan == config.plan:
         return config, []
     line = (
-        f"a micro-batch of {config.plan.micro_batch} does not fit into {show_size(round(memory))}, "
-        f"{USABLE:.0%} of what is free: accumulation {plan.accumulation}"
+        f"a micro-batch of {config.plan.micro_batch} does not fit into the "
+        f"{show_size(round(memory))} that may be used of what is free: accumulation {plan.accumulation}"
     )
     return config.cut(plan), [line]
 
@@ -65,7 +67,7 @@ def plan_within(memory: float, config: EngineConfig, recipe: Recipe, model: FCN)
         needed = show_size(round(held(weights, cut, steps.step(1)).most))
         raise UserError(
             f"training holds {needed} a rank for a micro-batch of one image of {recipe.data.crop[0]}x"
-            f"{recipe.data.crop[1]}, and {show_size(round(memory))} may be used ({USABLE:.0%} of what is free); free "
+            f"{recipe.data.crop[1]}, and {show_size(round(memory))} may be used of what is free; free "
             "some memory, take more ranks with a higher ZeRO stage, a smaller data.crop or a narrower model.width"
         )
     return cut_anew(plan.global_batch, largest, plan.world_size, plan.lanes)
