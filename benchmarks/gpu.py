@@ -101,9 +101,10 @@ def gpu_parts() -> list[Part]:
     """What is run on a GPU."""
     return [
         tests(130),
-        benchmark("training", 260, "--device=cuda", "--batch=16", "--rounds=1", "--steps=10", "--warmup=3"),
+        benchmark("training", 220, "--device=cuda", "--batch=16", "--rounds=1", "--steps=10", "--warmup=3"),
         benchmark("planning", 60, "--device=cuda"),
-        benchmark("evaluation", 70, "--device=cuda", "--images=32", "--warmup=8", "--rounds=1"),
+        benchmark("evaluation", 60, "--device=cuda", "--images=32", "--warmup=8", "--rounds=1"),
+        benchmark("saving", 60, "--rounds=1", report="saving"),
     ]
 
 
@@ -116,6 +117,7 @@ def tiny_parts() -> list[Part]:
         benchmark("training", 120, *once, "--steps=1", *training, report="training-cpu"),
         benchmark("planning", 120, "--device=cpu", "--only=1", "--size=32", "--width=0.1", report="planning-cpu"),
         benchmark("evaluation", 120, *once, "--images=1", "--width=0.1", report="evaluation-cpu"),
+        benchmark("saving", 120, "--rounds=1", "--width=0.1", report="saving"),
     ]
 
 

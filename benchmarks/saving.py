@@ -7,6 +7,7 @@ device there is. Prints a table, and writes it as Markdown and JSON. See benchma
 """
 
 import argparse
+import math
 import sys
 import tempfile
 from collections.abc import Callable
@@ -19,12 +20,17 @@ from typing import Any
 from measure import Contender, Measured, run_rounds
 from report import Table, write_report
 
+from fcn_dist.config import ModelConfig
 from fcn_dist.console import run_command
+from fcn_dist.model.fcn import parameter_count
+from fcn_dist.training.footprint import without_content
+
+OUTPUTS = 151
 
 CONTENDERS = (
-    Contender("DeepSpeed save_checkpoint", "saving:deepspeed", {}, "no hash, no flush, no commit", writes=True),
-    Contender("ours, at once", "saving:blocking", {}, "SHA-256, flushed, committed", writes=True),
-    Contender("ours, in the background", "saving:background", {}, "the same, while training goes on", writes=True),
+    ("DeepSpeed save_checkpoint", "deepspeed", "no hash, no flush, no commit"),
+    ("ours, at once", "blocking", "SHA-256, flushed, committed"),
+    ("ours, in the background", "background", "the same, while training goes on"),
 )
 
 
@@ -36,11 +42,11 @@ class Trained:
     step: Callable[[], None]
 
 
-def trained() -> Trained:
-    """A full-sized network whose optimizer has its state."""
+def trained(width: float) -> Trained:
+    """A network whose optimizer has its state; at width 1 it has its full size."""
     import torch
 
-    from fcn_dist.config import ModelConfig, Recipe, ScheduleConfig, TrainConfig
+    from fcn_dist.config import Recipe, ScheduleConfig, TrainConfig
     from fcn_dist.model.fcn import FCN
     from fcn_dist.training.collective import start_ranks
     from fcn_dist.training.deepspeed_config import DEFAULT, resolve
@@ -48,7 +54,7 @@ def trained() -> Trained:
     from fcn_dist.training.schedule import parameter_groups
 
     schedule = ScheduleConfig(steps=1, learning_rate=1e-4)
-    model = FCN(151, ModelConfig())
+    model = FCN(OUTPUTS, ModelConfig(width=width))
     start_ranks()
     config = resolve(DEFAULT, Recipe(schedule=schedule, train=TrainConfig(global_batch=1)), 1)
     engine = build_engine(model, config, parameter_groups(model, schedule))
@@ -65,11 +71,11 @@ def trained() -> Trained:
     return Trained(engine, step)
 
 
-def deepspeed(out: str) -> dict[str, Any]:
+def deepspeed(out: str, width: float) -> dict[str, Any]:
     """DeepSpeed's own saving, by the checkpoint engine it comes with."""
     from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
-    one = trained()
+    one = trained(width)
     # As its configuration would make it: the present form of torch's files.
     one.engine.checkpoint_engine = TorchCheckpointEngine()
     one.engine.checkpoint_engine.zipfile_serialization = True
@@ -79,23 +85,23 @@ def deepspeed(out: str) -> dict[str, Any]:
     return {"stalled": stalled, "durable": None, "bytes": _bytes(Path(out))}
 
 
-def blocking(out: str) -> dict[str, Any]:
+def blocking(out: str, width: float) -> dict[str, Any]:
     """Ours, with training waiting until the checkpoint is on disk."""
-    return _ours(out, in_background=False)
+    return _ours(out, width, in_background=False)
 
 
-def background(out: str) -> dict[str, Any]:
+def background(out: str, width: float) -> dict[str, Any]:
     """Ours, with steps taken meanwhile."""
-    return _ours(out, in_background=True)
+    return _ours(out, width, in_background=True)
 
 
-def _ours(out: str, in_background: bool) -> dict[str, Any]:
+def _ours(out: str, width: float, in_background: bool) -> dict[str, Any]:
     from fcn_dist.checkpoints.commit import commit, prepare
     from fcn_dist.checkpoints.store import CheckpointState
     from fcn_dist.training.engine import take_state
     from fcn_dist.training.writing import Writing
 
-    one = trained()
+    one = trained(width)
     took = [_timed(one.step) for _ in range(3)]
     began = perf_counter()
     folder = prepare(Path(out), 1)
@@ -129,7 +135,7 @@ def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def table(measured: list[Measured]) -> Table:
+def table(measured: list[Measured], parameters: int) -> Table:
     """Medians over the rounds."""
     rows: list[tuple[str, ...]] = []
     for one in measured:
@@ -142,7 +148,7 @@ def table(measured: list[Measured]) -> Table:
             cells.append(f"{median(values):.2f}" if values else "-")
         rows.append((*cells, f"{median(one.figures('bytes')) / 1e9:.2f}", one.contender.does))
     columns = ("checkpoint", "training waits, s", "on disk after, s", "a step, s", "a step meanwhile, s", "GB")
-    return Table("a checkpoint of 135 million parameters", (*columns, "what it does"), tuple(rows))
+    return Table(f"a checkpoint of {parameters / 1e6:.0f} million parameters", (*columns, "what it does"), tuple(rows))
 
 
 def main(argv: list[str]) -> None:
@@ -151,10 +157,19 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("benchmark-reports"), metavar="DIR")
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="the disk to write to (default: the temporary one)")
+    parser.add_argument(
+        "--time-limit", type=float, default=math.inf, metavar="S", help="after which rounds are left out"
+    )
+    parser.add_argument("--width", type=float, default=1.0, help="factor of the network's channels")
     options = parser.parse_args(argv)
+    contenders = [
+        Contender(name, f"saving:{function}", {"width": options.width}, does, writes=True)
+        for name, function, does in CONTENDERS
+    ]
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-        measured = run_rounds(CONTENDERS, options.rounds, Path(scratch))
-    write_report(options.output, "saving", {}, [table(measured)], measured)
+        measured = run_rounds(contenders, options.rounds, Path(scratch), options.time_limit)
+    parameters = parameter_count(without_content(ModelConfig(width=options.width), OUTPUTS))
+    write_report(options.output, "saving", {}, [table(measured, parameters)], measured)
 
 
 if __name__ == "__main__":

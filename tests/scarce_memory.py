@@ -1,7 +1,7 @@
 """launch/train.py on a rank whose memory runs out as SCARCE says: RANK:STEP:MEGABYTES.
 
 From that step on the rank may have so many megabytes more than it has just before, and no more: a limit that the kernel
-keeps, as when another program has the rest. Step 0 is before the micro-batch is chosen.
+keeps, as when another program has the rest; on a GPU, one that torch keeps. Step 0 is before the micro-batch is chosen.
 """
 
 import ctypes
@@ -10,6 +10,8 @@ import resource
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fcn_dist.commands.entry import run_script
 from fcn_dist.training import collective, run
@@ -26,7 +28,13 @@ def return_freed_memory() -> None:
 
 
 def set_limit(step: int) -> None:
-    if step == STEP and os.environ.get("RANK", "0") == str(RANK):
+    if step != STEP or os.environ.get("RANK", "0") != str(RANK):
+        return
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        allowed = torch.cuda.memory_reserved() + MEGABYTES * 1024**2
+        torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(0).total_memory)
+    else:
         status = Path("/proc/self/status").read_text()
         used = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmData:"))
         resource.setrlimit(resource.RLIMIT_DATA, ((used + MEGABYTES * 1024) * 1024, resource.RLIM_INFINITY))

@@ -140,5 +140,5 @@ def test_the_whole_command_works_where_there_is_no_device(tmp_path: Path) -> Non
     assert not (tmp_path / "gpu.md").exists()  # what the CPU did is never taken for a GPU's
     tree = json.loads((tmp_path / "check.json").read_text())
     assert tree["facts"]["device"] == gpu.CHECK
-    assert [part["name"] for part in tree["parts"]] == ["tests", "training", "planning", "evaluation"]
+    assert [part["name"] for part in tree["parts"]] == ["tests", "training", "planning", "evaluation", "saving"]
     assert "ours, fp32" in (tmp_path / "check.md").read_text()

@@ -135,6 +135,28 @@ def test_a_micro_batch_is_chosen_that_trains_in_the_memory_there_is(
     assert losses["scarce"] == pytest.approx(losses["plenty"], rel=1e-4)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_a_step_that_runs_out_of_memory_is_trained_in_halves(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = {}
+    for name, limit in (("plenty", "0:99:0"), ("scarce", "0:3:70")):
+        monkeypatch.setenv("SCARCE", limit)
+        arguments = [
+            "--shards",
+            str(shards),
+            "--output",
+            str(tmp_path / name),
+            "--recipe",
+            str(written_recipe(tmp_path)),
+        ]
+        run_alone(SCRIPT, [*arguments, "--deepspeed_config", str(config(tmp_path, 1))], tmp_path, TIME_LIMIT)
+        losses[name] = [line["loss"] for line in events(tmp_path / name, "train")]
+    (first, *_) = events(tmp_path / "scarce", EVENT)
+    assert (first["step"], first["micro_batch"]) == (3, 10)
+    assert losses["scarce"] == pytest.approx(losses["plenty"], rel=0.01)  # TF32, and other algorithms
+
+
 def cases() -> list[dict[str, Any]]:
     found = []
     for stage in (0, 1):
