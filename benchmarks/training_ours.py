@@ -17,6 +17,7 @@ from fcn_dist.data.loader import Batch
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.stream import SampleStream
 from fcn_dist.keys import key64
+from fcn_dist.model import relupool
 from fcn_dist.model.fcn import FCN
 from fcn_dist.model.flops import training_flops
 from fcn_dist.model.loss import summed_cross_entropy
@@ -44,7 +45,10 @@ class OurTrainer:
         precision: str,
         recompute_stages: int = 0,
         model: ModelConfig | None = None,
+        torch_pooling: bool = False,
     ) -> None:
+        if torch_pooling:  # what is done without Triton's kernels
+            vars(relupool)["uses_kernels"] = lambda tensor: False
         rank = start_ranks()
         recipe = Recipe(
             model=model or ModelConfig(),
@@ -102,9 +106,10 @@ class OurTrainer:
         del self.engine, self.model, self.job, self.check
 
 
-def train(precision: str, recompute_stages: int = 0, **options: Any) -> dict[str, Any]:
+def train(precision: str, recompute_stages: int = 0, torch_pooling: bool = False, **options: Any) -> dict[str, Any]:
     """Figures of training steps; `options` are those of `measure`."""
-    return measure(partial(OurTrainer, precision=precision, recompute_stages=recompute_stages), **options)
+    build = partial(OurTrainer, precision=precision, recompute_stages=recompute_stages, torch_pooling=torch_pooling)
+    return measure(build, **options)
 
 
 def train_largest(precision: str, recompute_stages: int = 0, **options: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 
 class Run(Protocol):
-    """Calls a function of `fcn_dist.model.kernels` by name, with tensors that lie on the CPU."""
+    """Calls a function by name, MODULE.NAME or a name of `kernels`, with tensors that lie on the CPU."""
 
     def __call__(self, function: str, *arguments: Any) -> Any: ...
 
@@ -31,4 +31,5 @@ def _interpret() -> None:
 
 
 def call(function: str, *arguments: Any) -> Any:
-    return getattr(import_module("fcn_dist.model.kernels"), function)(*arguments)
+    module, _, name = function.rpartition(".")
+    return getattr(import_module(f"fcn_dist.model.{module or 'kernels'}"), name)(*arguments)

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from fcn_dist.labels import IGNORE_LABEL
 from fcn_dist.model import loss as loss_module
 from fcn_dist.model import upsampling
+from fcn_dist.model.devices import KERNEL_DTYPES, uses_kernels
 from fcn_dist.model.loss import summed_cross_entropy
-from fcn_dist.model.upsampling import argmax_upsampled, upsample, uses_kernels
+from fcn_dist.model.upsampling import argmax_upsampled, upsample
 
 kernels = pytest.importorskip("fcn_dist.model.kernels", reason="needs Triton", exc_type=ImportError)
 
@@ -79,7 +80,7 @@ def test_random_sizes_outputs_strides_and_layouts_agree_too(run: Run, seed: int)
     batch, outputs, ignored = random.randint(1, 3), random.choice((1, 2, 7, 150, 151)), random.choice((0.0, 0.3, 0.95))
     coarse, targets = problem(batch, outputs, size, stride, ignored, seed)
     layout = LAYOUTS[random.choice(list(LAYOUTS))]
-    coarse = coarse.to(random.choice(upsampling.KERNEL_DTYPES)).contiguous(memory_format=layout)
+    coarse = coarse.to(random.choice(KERNEL_DTYPES)).contiguous(memory_format=layout)
     loss, gradient = computed(run, coarse, targets, stride)
     expected, expected_gradient = oracle(coarse, targets, stride)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-3)
@@ -87,7 +88,7 @@ def test_random_sizes_outputs_strides_and_layouts_agree_too(run: Run, seed: int)
     assert_wins(run("argmax", coarse, size, stride), coarse, stride)
 
 
-@pytest.mark.parametrize("dtype", upsampling.KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_scores_of_every_dtype_and_layout_are_read_exactly(run: Run, dtype: torch.dtype) -> None:
     coarse, targets = problem(2, 7, (19, 12), 8, 0.3)
     coarse = coarse.to(dtype)
@@ -193,7 +194,7 @@ def test_the_winning_output_is_that_of_the_full_scores(
 
 
 @pytest.mark.parametrize(("outputs", "highest"), [(7, 3), (151, 40), (5, 1)])
-@pytest.mark.parametrize("dtype", upsampling.KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_a_tie_goes_to_the_lower_output(run: Run, outputs: int, highest: int, dtype: torch.dtype) -> None:
     # Small whole numbers at weights of sixteenths: every score is exact, and many are equal.
     random = torch.Generator().manual_seed(outputs)
@@ -225,7 +226,7 @@ def everything_to_kernels(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("everything_to_kernels")
 @pytest.mark.parametrize("run", ["interpreter"], indirect=True)
-@pytest.mark.parametrize("dtype", upsampling.KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_the_public_functions_hand_on_what_kernels_compute(run: Run, dtype: torch.dtype) -> None:
     coarse, targets = problem(2, 4, (11, 19), 8, 0.3)
     scores = coarse.to(dtype).requires_grad_()
@@ -242,12 +243,12 @@ def test_the_public_functions_hand_on_what_kernels_compute(run: Run, dtype: torc
 
 
 def test_scores_on_a_cpu_and_in_float64_take_the_portable_way() -> None:
-    assert not any(uses_kernels(torch.zeros(1, 2, 1, 1, dtype=dtype)) for dtype in upsampling.KERNEL_DTYPES)
-    assert torch.float64 not in upsampling.KERNEL_DTYPES
+    assert not any(uses_kernels(torch.zeros(1, 2, 1, 1, dtype=dtype)) for dtype in KERNEL_DTYPES)
+    assert torch.float64 not in KERNEL_DTYPES
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [*upsampling.KERNEL_DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [*KERNEL_DTYPES, torch.float64], ids=str)
 def test_on_a_gpu_the_public_functions_agree_with_the_oracle(dtype: torch.dtype) -> None:
     coarse, targets = problem(2, 151, (100, 75), 8, 0.3)
     scores = coarse.to("cuda", dtype).requires_grad_()

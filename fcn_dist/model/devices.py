@@ -2,8 +2,11 @@
 
 import ctypes
 import resource
+from functools import cache
+from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 # Floating-point operations a second in 16 bits with float32 sums, without sparsity: NVIDIA's data sheets.
 PEAKS = {
@@ -16,6 +19,7 @@ PEAKS = {
     "Tesla V100-SXM": 125e12,
 }
 OTHERS = ("NVL", "MIG")  # of the same names, but with less
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def peak_flops(name: str) -> float | None:
@@ -23,6 +27,16 @@ def peak_flops(name: str) -> float | None:
     if any(other in name for other in OTHERS):
         return None
     return next((peak for known, peak in PEAKS.items() if name.startswith(known)), None)
+
+
+def uses_kernels(tensor: Tensor) -> bool:
+    """Whether Triton's kernels compute with tensors like this one, rather than torch."""
+    return tensor.is_cuda and tensor.dtype in KERNEL_DTYPES and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def peak_memory(device: torch.device) -> int:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fcn_dist.labels import IGNORE_LABEL
-from fcn_dist.model.upsampling import Tile, add_tile_gradient, pixels_of, tiles, upsample_tile, uses_kernels
+from fcn_dist.model.devices import uses_kernels
+from fcn_dist.model.upsampling import Tile, add_tile_gradient, pixels_of, tiles, upsample_tile
 
 
 def summed_cross_entropy(coarse_BChw: Tensor, targets_BHW: Tensor, stride: int) -> Tensor:

@@ -1,7 +1,8 @@
 """ReLU and max pooling as one operation that holds two bits a pooled value for backward.
 
 ReLU, then pooling, would hold the activations before pooling and an int64 index a pooled value: 18 bytes for each in
-16 bits, where 2.25 do. Values and gradients are exactly those of torch's pair, ties, NaN and odd sizes included.
+16 bits, where 2.25 do. Values and gradients are exactly those of torch's pair, ties, NaN and odd sizes included. On
+CUDA each direction is one Triton kernel; elsewhere, and in float64, torch works through groups of images.
 
 Shapes: B images, C channels, H x W cells, pooled ones ceil(H / 2) x ceil(W / 2).
 """
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from fcn_dist.model.devices import uses_kernels
 
 CODES_A_BYTE = 4
 GROUP_ELEMENTS = 1 << 20  # of the input worked on at once, at least one image: what is needed only for a while
@@ -55,6 +58,10 @@ def pool_with_codes(x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
 
     The codes of the first quarter of the channels have the lowest two bits.
     """
+    if uses_kernels(x_BCHW):
+        from fcn_dist.model.poolkernels import pool
+
+        return pool(x_BCHW)
     batch, channels, height, width = x_BCHW.shape
     shape = (batch, channels, math.ceil(height / 2), math.ceil(width / 2))
     pooled = _empty(shape, x_BCHW.dtype, x_BCHW.device)
@@ -73,6 +80,10 @@ def pool_with_codes(x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
 
 def pool_backward(gradient_BChw: Tensor, pooled_BChw: Tensor, packed_BChw: Tensor, size: tuple[int, int]) -> Tensor:
     """The gradient of (B, C, H, W) = `size` that each pooled value passes to the corner it came from."""
+    if uses_kernels(gradient_BChw):
+        from fcn_dist.model import poolkernels
+
+        return poolkernels.pool_backward(gradient_BChw, pooled_BChw, packed_BChw, size)
     channels, width = pooled_BChw.shape[1], size[1]
     result = _empty((*pooled_BChw.shape[:2], *size), gradient_BChw.dtype, gradient_BChw.device)
     first_corners = _first_corners(pooled_BChw.shape, width, pooled_BChw.device)

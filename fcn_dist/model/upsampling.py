@@ -6,8 +6,6 @@ stride x stride pixels, stride is even, and h = ceil(H / stride). The interpolat
 """
 
 from collections.abc import Iterator
-from functools import cache
-from importlib.util import find_spec
 from math import ceil
 from typing import NamedTuple
 
@@ -15,23 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fcn_dist.model.devices import uses_kernels
+
 # Scores held at once, in elements, when torch upsamples; nothing else of that size is held. On a CPU they should stay
 # in cache; a GPU wants more work at a time, but comes this way in float64 or without Triton alone.
 TILE_ELEMENTS_CPU = 1 << 19
 TILE_ELEMENTS_GPU = 1 << 22
-
-
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def uses_kernels(coarse_BChw: Tensor) -> bool:
-    """Whether these scores are upsampled by Triton's kernels, rather than by torch in tiles."""
-    return coarse_BChw.is_cuda and coarse_BChw.dtype in KERNEL_DTYPES and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 class Tile(NamedTuple):
