@@ -5,7 +5,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from safetensors.torch import save as serialize
 from torch import Tensor
@@ -65,8 +64,6 @@ def recut(engine: Engine, before: BatchPlan, plan: BatchPlan) -> None:
     optimizer = engine.optimizer
     engine.zero_grad()
     optimizer.zero_grad()
-    if isinstance(optimizer, ZeROOptimizer):
-        optimizer._backward_active_depth = 0  # it was left inside of a backward
     if hasattr(optimizer, "gradient_accumulation_steps"):
         optimizer.gradient_accumulation_steps = plan.accumulation
     for key, size in sizes_of(plan).items():
