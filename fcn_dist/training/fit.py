@@ -7,6 +7,7 @@ shortage.py has what comes after.
 import torch
 
 from fcn_dist.config import Recipe
+from fcn_dist.console import status_console
 from fcn_dist.errors import UserError
 from fcn_dist.model.fcn import BATCH_NORM, FCN
 from fcn_dist.model.flops import convolutions
@@ -58,6 +59,7 @@ def plan_within(memory: float, config: EngineConfig, recipe: Recipe, model: FCN)
     whole = Partition.of(zero, config.precision, plan.world_size, accumulates=plan.accumulation > 1)
     if at_most(model, whole, recipe, plan.micro_batch) <= memory:
         return plan
+    status_console.print("rehearsing a step, to see which micro-batch fits")
     steps = footprint(recipe, model.num_outputs, DTYPES[config.precision], recipe.train.recompute_stages)
     if held(weights, whole, steps.step(plan.micro_batch)).most <= memory:
         return plan
