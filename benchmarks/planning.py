@@ -57,6 +57,7 @@ ON_CPU = (
     Setting(2, 1, "bf16"),
     Setting(2, 2, "fp32"),
     Setting(2, 3, "bf16"),
+    Setting(2, 3, "bf16", recompute_stages=3),
 )
 ON_GPU = (
     Setting(1, 0, "bf16", micro_batch=64),

@@ -149,16 +149,6 @@ def test_precision_is_what_is_enabled(values: dict[str, Any], precision: str) ->
     assert resolved(1, **values).precision == precision
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_recomputation_is_refused_where_weights_are_partitioned_and_nowhere_else(stage: int) -> None:
-    recomputing = recipe("train.recompute_stages=2")
-    if stage < 3:
-        assert resolved(2, recomputing, zero_optimization={"stage": stage}).zero_stage == stage
-        return
-    with pytest.raises(UserError, match=r"recompute_stages is 2, and zero_optimization\.stage 3; .* stage 0, 1 or 2"):
-        resolved(2, recomputing, zero_optimization={"stage": stage})
-
-
 def test_without_a_file_there_is_a_default_that_resolves() -> None:
     config = resolve(read_deepspeed_config(None), recipe(), 4)
     assert (config.precision, config.zero_stage, config.plan.micro_batch) == ("bfloat16", 1, 3)

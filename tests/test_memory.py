@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from fcn_dist.model import recompute
 from fcn_dist.model.fcn import FCN
 from fcn_dist.model.loss import summed_cross_entropy
 from fcn_dist.training.footprint import RehearsedLoss, default_dtype
@@ -60,6 +61,11 @@ def test_a_rehearsed_loss_holds_what_the_loss_does(batch: int, recompute_stages:
 @pytest.mark.parametrize(("batch", "limit"), [(32, 8), (64, 7)])
 def test_an_image_holds_no_more_with_three_stages_recomputed(batch: int, limit: float) -> None:
     assert limit / 2 < peak(batch, 3, rehearsed) < limit
+
+
+def test_nor_where_weights_are_partitioned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recompute, "PARTITIONED", "data")  # which all parameters then pass for
+    assert 4 < peak(32, 3, rehearsed) < 8
 
 
 def test_with_recomputation_a_larger_batch_holds_less_for_an_image() -> None:

@@ -6,12 +6,20 @@ from test_batchnorm import norms_of
 from torch import Tensor, nn
 
 from fcn_dist.config import ModelConfig
+from fcn_dist.model import recompute
 from fcn_dist.model.fcn import FCN
 from fcn_dist.model.loss import summed_cross_entropy
 from fcn_dist.model.recompute import recomputed
 
 IMAGES = 5
 KEYS = [11, 12, 13, 14, 15]
+
+
+@pytest.fixture(params=["own", "through hooks"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for whole weights, and as for those that ZeRO-3 has taken apart, which all parameters then pass for."""
+    if request.param != "own":
+        monkeypatch.setattr(recompute, "PARTITIONED", "data")
 
 
 def network(stages: int, images: int, **options: object) -> FCN:
@@ -50,6 +58,7 @@ def held(model: FCN) -> int:
     return sum(size for pointer, size in storages.items() if pointer not in parameters)
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("images", [0, 1, 2, 100])
 @pytest.mark.parametrize("stages", range(1, 7))
 @pytest.mark.parametrize("options", [{}, {"frozen_stages": 2}, {"variant": "fcn16s", "at_once": True}], ids=str)
@@ -63,6 +72,7 @@ def test_scores_and_gradients_are_those_without(stages: int, images: int, option
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("stages", [2, 6])
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_batch_normalisation_sees_the_whole_micro_batch_and_moves_once(stages: int, frozen: int) -> None:
@@ -79,6 +89,7 @@ def test_batch_normalisation_sees_the_whole_micro_batch_and_moves_once(stages: i
         torch.testing.assert_close(one.running_var, other.running_var)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_drawn_dropout_is_replayed_too() -> None:
     results = []
     for stages in (0, 6):

@@ -134,7 +134,7 @@ def test_ranks_and_accumulation_make_the_same_update_from_the_same_global_batch(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", range(3))
+@pytest.mark.parametrize("stage", range(4))
 def test_recomputation_trains_the_same(stage: int, shards: Path, recipe: Path, tmp_path: Path) -> None:
     """All stages of the network, image by image where that can be, with accumulation and dropout."""
     config = config_with(tmp_path, zero_config(stage), gradient_accumulation_steps=2)

@@ -81,8 +81,6 @@ def plan(recipe: Recipe, outputs: int, weights: Weights, gpus: int, memory: floa
     rows = []
     for stage in STAGES:
         for precision, stages in settings:
-            if stage == 3 and stages:
-                continue  # see deepspeed_config.py
             partition = Partition(stage, precision, gpus, BUCKET)
             steps = footprints[precision, stages]
             largest, accumulated = (

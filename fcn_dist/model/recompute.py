@@ -5,14 +5,17 @@ grow with the batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from fcn_dist.model.batchnorm import BatchNorm2d
+
+PARTITIONED = "ds_id"  # an attribute of parameters that ZeRO-3 has taken apart
 
 
 def recomputed(part: Callable[[Tensor], Tensor], layers: Sequence[nn.Module], x: Tensor, images: int) -> Tensor:
@@ -26,8 +29,31 @@ def recomputed(part: Callable[[Tensor], Tensor], layers: Sequence[nn.Module], x:
         return part(x)
     if any(isinstance(module, BatchNorm2d) and module.training for layer in layers for module in layer.modules()):
         images = 0
+    if any(hasattr(parameter, PARTITIONED) for parameter in parameters):
+        return _recomputed_through_hooks(part, layers, images or len(x), x)
     result: Tensor = _Recomputed.apply(part, layers, images or len(x), x, *parameters)  # type: ignore[no-untyped-call]
     return result
+
+
+def _recomputed_through_hooks(
+    part: Callable[[Tensor], Tensor], layers: Sequence[nn.Module], images: int, x: Tensor
+) -> Tensor:
+    """The same for weights that are only there while their layer computes, by hooks on its forward and backward.
+
+    Gradients of parameters are summed over the images in their own precision: autograd does it.
+    """
+    parts: list[Tensor] = [
+        checkpoint(
+            part,
+            some,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), _statistics_kept(layers)),
+            determinism_check="none",  # of sizes, which weights have lost by the second time
+            preserve_rng_state=False,  # dropout is keyed
+        )
+        for some in torch.split(x, images)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _Recomputed(torch.autograd.Function):

@@ -77,12 +77,6 @@ def resolve(values: dict[str, Any], recipe: Recipe, world_size: int, begun: Batc
     if stage not in (0, 1, 2, 3):
         raise UserError(f"zero_optimization.stage is {stage!r}; 0, 1, 2 or 3 is needed")
     _refuse_unchecked_steps(values, precision, stage)
-    if stage == 3 and recipe.train.recompute_stages:
-        # It has partitioned the weights again by the time that gradients of recomputed stages are handed in.
-        raise UserError(
-            f"train.recompute_stages is {recipe.train.recompute_stages}, and zero_optimization.stage 3; recomputation "
-            "needs stage 0, 1 or 2; lower the stage, or set train.recompute_stages to 0"
-        )
     optimizer = values["optimizer"]
     resolved = _without_auto(values) | {
         **sizes_of(plan),
