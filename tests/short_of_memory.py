@@ -17,13 +17,13 @@ from torch import Tensor
 from fcn_dist.commands.ranks import among_ranks
 from fcn_dist.config import recipe_from_dict
 from fcn_dist.ranks import Rank
-from fcn_dist.training import run
+from fcn_dist.training import loop, run
 
 CPU_Accelerator.is_fp16_supported = lambda self: True  # as in fp16_anywhere.py
 
 SHARDS, OUT, CASES = sys.argv[-3:]  # the launcher puts an argument of its own before them
 RANK = Rank.from_environment().index
-BUILD_MODEL = run.build_model
+BUILD_MODEL, TO_DEVICE = run.build_model, vars(loop)["to_device"]
 RECIPE = {
     "data": {"crop": [32, 40], "workers": 0},
     "model": {"width": 0.0625, "head_width": 24, "dropout": 0.3},
@@ -60,8 +60,12 @@ class Fault:
     def backward(self, _: Tensor) -> None:
         self.raise_in("backward")
 
-    def raise_in(self, where: str) -> None:
-        if where == self.where and RANK == 1 and self.forwards == self.micro + 1:
+    def to_device(self, *arguments: Any) -> Any:
+        self.raise_in("transfer", forwards=0)
+        return TO_DEVICE(*arguments)
+
+    def raise_in(self, where: str, forwards: int = 1) -> None:
+        if where == self.where and RANK == 1 and self.forwards == self.micro + forwards:
             self.where = "nowhere"
             raise torch.OutOfMemoryError("CUDA out of memory, as a test says")
 
@@ -80,7 +84,11 @@ def run_case(case: dict[str, Any], name: str, fault: Fault) -> None:
         "gradient_clipping": 1.0,
         **case["config"],
     }
-    with patch.object(run, "build_model", build), patch.object(run, "fit", cut_into(case["accumulation"])):
+    with (
+        patch.object(run, "build_model", build),
+        patch.object(run, "fit", cut_into(case["accumulation"])),
+        patch.object(loop, "to_device", fault.to_device),
+    ):
         run.train(run.RunConfig(SHARDS, Path(OUT) / name, recipe, config))
     Path(OUT, f"{name}-rank{RANK}.json").write_text(json.dumps(models[0][0].forwards.item()))
 

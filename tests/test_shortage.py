@@ -166,7 +166,8 @@ def cases() -> list[dict[str, Any]]:
                 config[precision] = {"enabled": True}
             if precision == "fp16":
                 config["fp16"]["initial_scale_power"] = 10  # the usual first scale overflows for some steps
-            for where, micro, accumulation in (("backward", 0, 1), ("forward", 1, 2)):
+            places = [("backward", 0, 1), ("forward", 1, 2)]
+            for where, micro, accumulation in places + [("transfer", 0, 1)] * (precision == "bf16"):
                 name = f"{precision}-{stage}-{where}"
                 found.append(
                     {"name": name, "config": config, "where": where, "micro": micro, "accumulation": accumulation}

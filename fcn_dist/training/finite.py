@@ -77,6 +77,7 @@ class StepCheck:
         # What forwards change, such as running means, is put back after a skip.
         self._buffers = list(self.engine.module.buffers())
         self._kept = [buffer.clone() for buffer in self._buffers]
+        self._moved = False  # since they were kept
         if self._buffers:
             self.engine.module.register_forward_pre_hook(self._keep_buffers)
 
@@ -95,6 +96,7 @@ class StepCheck:
         losses, self._losses = self._losses, []
         largest, self._largest = self._largest, []
         scale, self._scale = self._scale, loss_scale(self.engine)
+        self._moved = False
         if not self.engine.optimizer.overflow:
             return True
         if self._buffers:
@@ -110,12 +112,14 @@ class StepCheck:
     def forget_step(self) -> None:
         """The step is done again from the start: as if it had never begun."""
         self._losses, self._largest = [], []
-        if self._buffers:
+        if self._moved:
             torch._foreach_copy_(self._buffers, self._kept)
+            self._moved = False
 
     def _keep_buffers(self, module: torch.nn.Module, _arguments: Any) -> None:
-        if module.training and not self._losses:  # before the first micro-batch of a step
+        if module.training and not self._moved:  # before the first micro-batch of a step
             torch._foreach_copy_(self._kept, self._buffers)
+            self._moved = True
 
     def _look(self, gradient: Tensor) -> None:
         """Note the largest magnitude in one parameter's gradient, before it meets those of other ranks."""
