@@ -49,6 +49,20 @@ def test_stage_1_keeps_whole_gradients_while_it_accumulates() -> None:
     assert held(WEIGHTS, Partition(2, "bfloat16", 4, accumulates=True), steps().step(1)).gradients == WEIGHTS.all / 2
 
 
+def test_an_update_takes_the_norm_of_the_largest_weight_or_of_a_rank_s_part_in_float64() -> None:
+    # In float32 and stage 0, beside weights, gradients and moments.
+    found = bytes_a_parameter(0, "float32", 1)
+    assert found.update == pytest.approx(4 + 4 + 8 + 8 * WEIGHTS.largest / WEIGHTS.all)
+    # A quarter is less than the largest weight.
+    assert bytes_a_parameter(1, "float32", 4).update == pytest.approx(4 + 12 / 4 + 4 / 4 + 8 / 4)
+
+
+def test_two_buckets_are_filled_in_turn_while_communication_overlaps() -> None:
+    one, two = (Partition.of({"stage": 2, "overlap_comm": overlap}, "bfloat16", 4) for overlap in (False, True))
+    buffers = [held(WEIGHTS, partition, steps().step(1)).buffers for partition in (one, two)]
+    assert buffers == [2 * 500_000_000, 2 * 2 * 500_000_000]
+
+
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("memory", [5e9, 12e9, 80e9])
