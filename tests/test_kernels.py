@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 import torch
-from interpreted import Run, call, interpreter
+from interpreted import Run, kernels_on
 from loss_oracle import oracle, problem
 from torch import Tensor
 from torch.nn import functional as F
@@ -41,18 +41,8 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 @pytest.fixture(scope="module", params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def run(request: pytest.FixtureRequest) -> Iterator[Run]:
-    if request.param == "interpreter":
-        with interpreter() as interpreted:
-            yield interpreted
-    else:
-        yield on_gpu
-
-
-def on_gpu(function: str, *arguments: object) -> object:
-    result = call(function, *(a.cuda() if isinstance(a, Tensor) else a for a in arguments))
-    if isinstance(result, tuple):
-        return tuple(part if part is None else part.cpu() for part in result)
-    return result.cpu()
+    with kernels_on(request.param) as found:
+        yield found
 
 
 def computed(run: Run, coarse: Tensor, targets: Tensor, stride: int) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from interpreted import Run, call, interpreter
+from interpreted import Run, kernels_on
 from test_relupool import maps
-from torch import Tensor
 
 from fcn_dist.model import relupool
 
@@ -17,16 +16,8 @@ SHAPES = [(1, 1, 1, 1), (2, 3, 4, 4), (1, 4, 5, 7), (3, 5, 2, 9), (2, 64, 6, 1),
 
 @pytest.fixture(scope="module", params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def run(request: pytest.FixtureRequest) -> Iterator[Run]:
-    if request.param == "interpreter":
-        with interpreter() as interpreted:
-            yield interpreted
-    else:
-        yield on_gpu
-
-
-def on_gpu(function: str, *arguments: object) -> object:
-    result = call(function, *(a.cuda() if isinstance(a, Tensor) else a for a in arguments))
-    return tuple(part.cpu() for part in result) if isinstance(result, tuple) else result.cpu()
+    with kernels_on(request.param) as found:
+        yield found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -3,7 +3,8 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,10 +15,14 @@ from fcn_dist.data.crops import BadSample
 from fcn_dist.data.loader import Batch
 from fcn_dist.data.packing.run import pack
 from fcn_dist.data.synthetic import render
+from fcn_dist.errors import UserError
 from fcn_dist.labels import IGNORE_LABEL
-from fcn_dist.ranks import BatchPlan, cut_anew
-from fcn_dist.training.runfolder import read_run_record
-from fcn_dist.training.shortage import EVENT, halved, pieces
+from fcn_dist.progress import TrainingProgress
+from fcn_dist.ranks import BatchPlan, Rank, cut_anew
+from fcn_dist.training.deepspeed_config import EngineConfig
+from fcn_dist.training.job import Job
+from fcn_dist.training.runfolder import RunRecord, environment, read_run_record
+from fcn_dist.training.shortage import EVENT, Shortage, halved, pieces
 
 SCRIPT = Path(__file__).with_name("scarce_memory.py")
 TIME_LIMIT = 200.0  # seconds a launch
@@ -227,3 +232,57 @@ def batch(plan: BatchPlan, rank: int, part: int) -> Batch:
     targets[::2, 0] = IGNORE_LABEL
     bad = tuple(BadSample("shard", "key", "reason", position) for position in positions if position % 5 == 0)
     return Batch(images, targets, int((targets != IGNORE_LABEL).sum()), positions, bad)
+
+
+def alone(tmp_path: Path) -> tuple[Shortage, Any]:
+    """One rank whose global batch is 8 images, and the engine it trains, of which nothing but its calls is there."""
+    optimizer = SimpleNamespace(zero_grad=lambda: None)
+    engine = SimpleNamespace(
+        optimizer=optimizer,
+        micro_steps=0,
+        _config=SimpleNamespace(),
+        zero_grad=lambda: None,
+        zero_optimization_stage=lambda: 1,
+        is_gradient_accumulation_boundary=lambda: True,
+        allreduce_gradients=lambda: None,
+    )
+    config = EngineConfig({}, BatchPlan(8, 8, 1, 1), 0.1, "float32", 1, automatic=True)
+    job = cast(Job, SimpleNamespace(config=config, rank=Rank(), device=torch.device("cpu")))
+    forgetting = cast(Any, SimpleNamespace(forget_step=lambda: None))
+    record = RunRecord({}, {}, {}, "", {}, 1, 1, 8, "", **dict.fromkeys(environment(), cast(Any, "")))
+    progress = TrainingProgress(1, 0, shown=False)
+    return Shortage(job, engine, forgetting, forgetting, tmp_path, record, progress, None), engine
+
+
+def test_memory_that_runs_out_in_the_update_cannot_be_helped_by_halves(tmp_path: Path) -> None:
+    shortage, engine = alone(tmp_path)
+    seen = []
+
+    def accumulate(micro_batches: list[Batch]) -> None:
+        seen.append(len(micro_batches))
+        engine.allreduce_gradients()
+        raise MemoryError
+
+    with pytest.raises(UserError, match="in the update, which is as large for any micro-batch"):
+        shortage.train(1, [batch(BatchPlan(8, 8, 1, 1), 0, 0)], accumulate)
+    assert seen == [1]
+
+
+def test_it_halves_down_to_single_images_and_then_says_so_and_passes_other_errors_on(tmp_path: Path) -> None:
+    shortage, _ = alone(tmp_path)
+    seen = []
+
+    def accumulate(micro_batches: list[Batch]) -> None:
+        seen.append([len(piece.positions) for piece in micro_batches])
+        raise MemoryError
+
+    micro_batches = [batch(BatchPlan(8, 8, 1, 1), 0, 0)]
+    with pytest.raises(UserError, match=r"micro-batches of 1 images \(no memory\); take a smaller data\.crop"):
+        shortage.train(1, micro_batches, accumulate)
+    assert seen == [[8], [4] * 2, [2] * 4, [1] * 8]
+
+    def fails(_: list[Batch]) -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        shortage.train(2, micro_batches, fails)

@@ -21,8 +21,9 @@ PARTITIONED = "ds_id"  # an attribute of parameters that ZeRO-3 has taken apart
 def recomputed(part: Callable[[Tensor], Tensor], layers: Sequence[nn.Module], x: Tensor, images: int) -> Tensor:
     """`part(x)`, which uses `layers`, to be computed again in backward, `images` at a time (0: all at once).
 
-    Gradients of parameters are summed over the images in float32. With batch normalisation in training the images of a
-    micro-batch depend on each other, so it is computed in one; its running statistics move once.
+    Gradients of parameters are summed over the images in float32, unless ZeRO-3 has taken them apart. With batch
+    normalisation in training the images of a micro-batch depend on each other, so it is computed in one; its running
+    statistics move once.
     """
     parameters = [p for layer in layers for p in layer.parameters() if p.requires_grad]
     if not torch.is_grad_enabled() or not parameters:
