@@ -1,4 +1,4 @@
-"""Real ranks under the real launcher, with a hard time limit."""
+"""Real ranks, with the real launcher and without, under a hard time limit."""
 
 import os
 import select
@@ -6,11 +6,30 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from warm_ranks import WarmRanks
+
+WARM = WarmRanks()
+
+
+def launch_ranks(
+    script: Path, arguments: Sequence[str], world_size: int, folder: Path, timeout: float, code: int = 0
+) -> str:
+    """Run `script` under DeepSpeed's launcher, which is to end with `code`; returns all that is printed."""
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world_size)]
+    return _run_command(
+        [*launcher, "--master_port", free_port(), str(script), *arguments], script, folder, timeout, code
+    )
+
+
+def launch_alone(script: Path, arguments: Sequence[str], folder: Path, timeout: float, code: int = 0) -> str:
+    """The same as a user starts one process."""
+    return _run_command([sys.executable, str(script), *arguments], script, folder, timeout, code)
 
 
 def run_ranks(
@@ -18,10 +37,30 @@ def run_ranks(
 ) -> str:
     """Run `script` on `world_size` ranks from `folder`, and return all they print.
 
-    Fails the test unless the launcher exits with `code`.
+    Each is a process as the launcher would start it, without the launcher and without the imports' time.
+    Fails the test unless the first to fail ends with `code`, or all with 0.
     """
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world_size)]
-    return _run([*launcher, "--master_port", free_port(), str(script), *arguments], script, folder, timeout, code)
+    return _run_warm(script, arguments, world_size, folder, timeout, code)
+
+
+def run_alone(script: Path, arguments: Sequence[str], folder: Path, timeout: float, code: int = 0) -> str:
+    """The same with one process that no launcher has told its rank."""
+    return _run_warm(script, arguments, None, folder, timeout, code)
+
+
+def kill_ranks(
+    script: Path, arguments: Sequence[str], world_size: int, folder: Path, timeout: float, when: Callable[[str], bool]
+) -> str:
+    """SIGKILL all ranks of `run_ranks` as soon as `when` holds for what they have printed, which is returned."""
+    log = _fresh_log(script, folder)
+    WARM.start(script, arguments, world_size, free_port(), folder, log, _environment())
+    deadline = time.monotonic() + timeout
+    while not when(text := log.read_text() if log.exists() else ""):
+        if WARM.ended(0.05) is not None or time.monotonic() > deadline:
+            WARM.kill()
+            pytest.fail(f"{script} {' '.join(arguments)}: what is awaited never came\n{text[-30000:]}")
+    WARM.kill()
+    return text
 
 
 def free_port() -> str:
@@ -31,19 +70,14 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def run_alone(script: Path, arguments: Sequence[str], folder: Path, timeout: float, code: int = 0) -> str:
-    """Run `script` as one process without a launcher; the rest as `run_ranks`."""
-    return _run([sys.executable, str(script), *arguments], script, folder, timeout, code)
-
-
-def _run(command: Sequence[str], script: Path, folder: Path, timeout: float, wanted: int) -> str:
+def _run_command(command: Sequence[str], script: Path, folder: Path, timeout: float, wanted: int) -> str:
     """The launcher leaves its ranks behind when it is killed, so the whole process group is ended with it."""
-    log = folder / f"{script.stem}.log"
-    with log.open("w") as output:
+    log = _fresh_log(script, folder)
+    with log.open("a") as output:
         process = subprocess.Popen(
             command,
             cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
+            env=_environment(),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -57,10 +91,36 @@ def _run(command: Sequence[str], script: Path, folder: Path, timeout: float, wan
                 _abort_with_stacks(process.pid)
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+    return _judge(" ".join(command), code, wanted, timeout, log)
+
+
+def _run_warm(
+    script: Path, arguments: Sequence[str], world_size: int | None, folder: Path, timeout: float, code: int
+) -> str:
+    log = _fresh_log(script, folder)
+    group = WARM.start(script, arguments, world_size, free_port(), folder, log, _environment())
+    found = WARM.ended(timeout)
+    if found is None:
+        _abort_with_stacks(group)
+        WARM.kill()
+    return _judge(f"{script} {' '.join(arguments)}", found, code, timeout, log)
+
+
+def _fresh_log(script: Path, folder: Path) -> Path:
+    log = folder / f"{script.stem}.log"
+    log.unlink(missing_ok=True)
+    return log
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+
+
+def _judge(command: str, code: int | None, wanted: int, timeout: float, log: Path) -> str:
     text = log.read_text()
     if code != wanted:
         reason = f"no end within {timeout} s" if code is None else f"exit code {code}, not {wanted}"
-        pytest.fail(f"{' '.join(command)}: {reason}\n{text[-30000:]}")
+        pytest.fail(f"{command}: {reason}\n{text[-30000:]}")
     return text
 
 

@@ -1,22 +1,17 @@
 """Batch normalisation: torch's own layer as the oracle, torchvision's numbering by hand, and real ranks that resume."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_contents import contents, differences
-from launching import run_ranks
+from resumed_cases import CASES, TIME_LIMIT, assert_resumed_exactly, trained_and_resumed
 from safetensors.torch import load_file
-from test_train import RECIPE, lines, losses, weights
+from test_train import RECIPE, weights
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fcn_dist.checkpoints.store import DEEPSPEED_TAG, checkpoints_dir, open_checkpoint
 from fcn_dist.commands.entry import run_script
 from fcn_dist.config import ModelConfig, ScheduleConfig
-from fcn_dist.data.packing.run import pack
-from fcn_dist.data.synthetic import render
 from fcn_dist.errors import UserError
 from fcn_dist.model.batchnorm import BatchNorm2d
 from fcn_dist.model.description import ModelDescription
@@ -206,59 +201,13 @@ def test_a_description_builds_it_again_from_its_json_form() -> None:
     assert len(norms_of(ModelDescription.from_dict(before.as_dict()).build())) == 16
 
 
-CASES = [f"{precision}-{stage}" for precision in ("fp32", "bf16", "fp16") for stage in range(4)]
-CASES_SCRIPT = Path(__file__).with_name("train_cases.py")
-TIME_LIMIT = 800.0  # seconds for all cases together
 # 11 training scenes in global batches of 4: step 2, where the resumed runs begin, is in the middle of an epoch.
 BATCH_NORM = RECIPE.replace("dropout: 0.3", "dropout: 0.3, backbone: vgg16_bn, frozen_stages: 1")
 
 
-def trained_and_resumed(folder: Path, recipe: str) -> Path:
-    """`whole`: four steps of every case on two ranks; `resumed`: copies of those, continued after step 2."""
-    render(folder / "scenes", training=11, validation=5, size=(48, 64), seed=3)
-    pack(folder / "scenes", folder / "packed", samples_per_shard=4)
-    (folder / "recipe.yaml").write_text(recipe)
-    inputs = [str(folder / "packed"), str(folder / "recipe.yaml")]
-    (folder / "whole").mkdir()
-    run_ranks(CASES_SCRIPT, [str(folder / "whole"), *inputs, *CASES], 2, folder, TIME_LIMIT)
-    for case in CASES:
-        shutil.copytree(folder / "whole" / case, folder / "resumed" / case)
-        shutil.rmtree(checkpoints_dir(folder / "resumed" / case) / "step-00000004")
-    output = run_ranks(CASES_SCRIPT, [str(folder / "resumed"), *inputs, "--resume", *CASES], 2, folder, TIME_LIMIT)
-    assert output.count("continuing after step 2") == len(CASES)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With batch normalisation and a frozen stage."""
     return trained_and_resumed(tmp_path_factory.mktemp("runs"), BATCH_NORM)
-
-
-@pytest.fixture(scope="module")
-def plain_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Without."""
-    return trained_and_resumed(tmp_path_factory.mktemp("plain"), RECIPE)
-
-
-def assert_resumed_exactly(folder: Path, case: str) -> dict[str, object]:
-    """Losses, weights, optimizer state, scaler and buffers of all ranks, bit for bit; returns what was compared."""
-    whole, resumed = folder / "whole" / case, folder / "resumed" / case
-    assert losses(resumed) == losses(whole) and len(set(losses(whole))) == 4
-    scales = [line["loss_scale"] for line in lines(whole, "train")]
-    assert scales == [line["loss_scale"] for line in lines(resumed, "train")]
-    assert scales[0] == (1024 if case.startswith("fp16") else None)
-    one, other = (contents(open_checkpoint(run)[0].dir / DEEPSPEED_TAG) for run in (whole, resumed))
-    assert differences(one, other) == []
-    assert {"exp_avg", "exp_avg_sq", "step"} <= {where.rpartition("/")[2] for where in one}
-    return one
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(2 * TIME_LIMIT + 100)
-@pytest.mark.parametrize("case", CASES)
-def test_a_resumed_run_is_one_that_never_stopped(case: str, plain_runs: Path) -> None:
-    assert_resumed_exactly(plain_runs, case)
 
 
 def digests(folder: Path, case: str) -> list[list[list[str]]]:

@@ -1,13 +1,8 @@
 """A run that is killed and comes back on other ranks and another ZeRO stage trains what it would have trained."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import free_port, run_ranks
+from launching import kill_ranks, run_ranks
 from safetensors.torch import load_file
 
 from fcn_dist.checkpoints.store import checkpoints_dir, open_checkpoint
@@ -60,35 +55,9 @@ def zero_config(folder: Path, stage: int, precision: str) -> list[str]:
 
 
 def train_until_killed(arguments: Sequence[str], ranks: int, folder: Path, step: int) -> str:
-    """SIGKILL the launcher and all ranks once `step` is done and the one before is saved; returns what was printed."""
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-    process = subprocess.Popen(
-        [*launcher, "--master_port", free_port(), str(SCRIPT), *arguments],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    limit = threading.Timer(TIME_LIMIT, os.killpg, (process.pid, signal.SIGKILL))
-    limit.start()
-    lines: list[str] = []
-    awaited = {f"step {step}/", f"step {step - 1}: wrote "}  # in either order: it is written in the background
-    try:
-        assert process.stdout
-        for line in process.stdout:
-            lines.append(line)
-            awaited = {start for start in awaited if not line.startswith(start)}
-            if not awaited:
-                break
-        else:
-            pytest.fail(f"{awaited} never came within {TIME_LIMIT} s:\n{''.join(lines)[-6000:]}")
-    finally:
-        limit.cancel()
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-    return "".join(lines)
+    """SIGKILL all ranks at once when `step` is done and the one before is saved; returns what was printed."""
+    awaited = [f"\nstep {step}/", f"\nstep {step - 1}: wrote "]  # in either order: it is written in the background
+    return kill_ranks(SCRIPT, arguments, ranks, folder, TIME_LIMIT, lambda text: all(line in text for line in awaited))
 
 
 def trained(folder: Path) -> dict[tuple[int, int], dict[int, str]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MakeScenes
-from launching import run_alone, run_ranks
+from launching import launch_alone, launch_ranks
 
 from fcn_dist.commands.entry import run_script
 from fcn_dist.config import ModelConfig
@@ -129,7 +129,7 @@ def test_a_run_folder_that_exists(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "mine.txt").write_text("precious")
     arguments = ["--shards", str(shards), "--output", str(tmp_path / "run"), "--set", "schedule.learning_rate=0.1"]
     overrides = ["--set", "train.global_batch=2", "--set", "model.width=0.0625"]
-    output = run_alone(ROOT / "launch" / "train.py", [*arguments, *overrides], tmp_path, TIME_LIMIT, code=2)
+    output = launch_alone(ROOT / "launch" / "train.py", [*arguments, *overrides], tmp_path, TIME_LIMIT, code=2)
     assert f"error: {tmp_path / 'run'} exists" in output and "Traceback" not in output
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
 
@@ -139,7 +139,7 @@ def test_under_the_launcher_one_message_and_exit_code_2_come_from_all_ranks_toge
     shards: Path, tmp_path: Path
 ) -> None:
     arguments = ["--shards", str(shards), "--output", str(tmp_path / "run"), "--set", "model.wdth=1"]
-    output = run_ranks(ROOT / "launch" / "train.py", arguments, 2, tmp_path, TIME_LIMIT, code=2)
+    output = launch_ranks(ROOT / "launch" / "train.py", arguments, 2, tmp_path, TIME_LIMIT, code=2)
     assert output.count("unknown recipe key model.wdth") == 1 and "Traceback" not in output
 
 

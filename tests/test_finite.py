@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import run_ranks
+from launching import launch_ranks, run_ranks
 
 from fcn_dist.checkpoints.store import checkpoints_dir, open_checkpoint
 from fcn_dist.config import Recipe
@@ -228,7 +228,7 @@ def test_more_than_the_budget_ends_the_run_with_a_code_of_its_own_and_one_messag
     config: str, shards: Path, tmp_path: Path
 ) -> None:
     run, command = tmp_path / "run", arguments(tmp_path, shards, config)
-    output = run_ranks(spoilt(tmp_path, [2, 3]), command, 2, tmp_path, TIME_LIMIT, code=EXIT_DIVERGED)
+    output = launch_ranks(spoilt(tmp_path, [2, 3]), command, 2, tmp_path, TIME_LIMIT, code=EXIT_DIVERGED)
     assert output.count("2 steps were not finite") == 1 and "Traceback" not in output
     assert "step 3 the last of them: loss not finite on rank 1, with samples 'SYN_train_" in output
     assert "train.max_skipped_steps allows 1" in output

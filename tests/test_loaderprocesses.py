@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from colour_scenes import write_colour_scenes
-from launching import run_alone, run_ranks
+from launching import launch_ranks, run_alone, run_ranks
 
 from fcn_dist.checkpoints.store import open_checkpoint
 from fcn_dist.config import DataConfig
@@ -192,7 +192,7 @@ def test_a_killed_loader_process_of_one_rank_ends_all_and_a_resume_trains_what_i
     command = arguments(tmp_path, shards, run)
     with ThreadPoolExecutor() as pool:
         killing = pool.submit(kill_a_loader_process_of_rank_1, run)
-        output = run_ranks(TRAIN, command, 2, tmp_path, TIME_LIMIT, code=EXIT_REQUEUE)
+        output = launch_ranks(TRAIN, command, 2, tmp_path, TIME_LIMIT, code=EXIT_REQUEUE)
         assert time.monotonic() - killing.result() < 30
     assert output.count("one of the 2 loader processes of rank 1 was killed by SIGKILL") == 1
     assert "Traceback" not in output

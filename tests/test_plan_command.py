@@ -46,6 +46,21 @@ def test_a_batch_that_does_not_fit_is_accumulated_or_recomputed(
     assert [words for *_, words in found] == ["", ", stages 1-3 recomputed"]
 
 
+def test_what_more_gpus_bring_at_a_speed_that_was_seen(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fits = ("--gpus", "6", "--gpu-memory", "1GB", "--reserve", "1MB", "--micro-batch", "10")
+    assert plan(recipe, *fits) == 0
+    assert "On paper" not in capsys.readouterr().out
+    links = ("--link", "1GB", "--network", "100MB", "--gpus-per-host", "4")
+    assert plan(recipe, *fits, "--images-per-second", "100", *links) == 0
+    text = capsys.readouterr().out
+    rows = re.findall(r"^(\d+) +([\d,]+) +(\d+)% +([\d,]+) +(\d+)% *$", text, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == [1, 2, 4, 6, 8, 16, 32, 64]
+    assert rows[0][1:] == ("100", "100", "100", "100")
+    _, *others = ([int(cell) for cell in row[2::2]] for row in rows)
+    assert all(one < accumulated <= 100 for one, accumulated in others)
+    assert "On 6 GPUs with micro-batches of 10," in text and "global batch of 60 is worth up to" in text
+
+
 def test_where_nothing_fits_it_says_what_to_change(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(recipe, "--gpus", "1", "--gpu-memory", "2MB", "--reserve", "1MB") == 0
     assert "Not one image fits. Take a smaller crop" in capsys.readouterr().out.replace("\n", " ")
@@ -58,6 +73,8 @@ def test_where_nothing_fits_it_says_what_to_change(recipe: Path, capsys: pytest.
         (("--gpus", "1", "--gpu-memory", "twelve"), "the size 'twelve' is not understood"),
         (("--gpus", "1", "--gpu-memory", "1GB"), "leaves nothing after --reserve 1GB"),
         (("--gpus", "1", "--gpu-memory", "2GB", "--micro-batch", "0"), "--micro-batch is 0; 1 or more is needed"),
+        (("--gpus", "1", "--gpu-memory", "2GB", "--images-per-second", "nan"), "--images-per-second is nan; 1 or more"),
+        (("--gpus", "1", "--gpu-memory", "2GB", "--link", "fast"), "the size 'fast' is not understood"),
     ],
 )
 def test_what_cannot_be_is_refused(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import run_alone, run_ranks
+from launching import launch_ranks, run_alone, run_ranks
 from shard_server import serving_folder
 
 from fcn_dist.data.packing.run import pack
@@ -183,7 +183,7 @@ def test_one_more_than_the_budget_ends_the_run_on_all_ranks_together(
 ) -> None:
     folder, keys = damaged
     command = arguments(tmp_path, folder, tmp_path / "run", "data.max_bad_samples=1")
-    output = run_ranks(TRAIN, command, 2, tmp_path, TIME_LIMIT, code=2)
+    output = launch_ranks(TRAIN, command, 2, tmp_path, TIME_LIMIT, code=2)
     assert "error: 2 samples are damaged" in output and "data.max_bad_samples allows 1" in output
     assert all(repr(key) in output for key in keys) and "Traceback" not in output
     # What was trained before is not lost.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import group_members, run_alone, run_ranks
+from launching import group_members, launch_ranks, run_alone, run_ranks
 
 from fcn_dist.checkpoints.store import open_checkpoint
 from fcn_dist.config import TrainConfig
@@ -178,7 +178,7 @@ def assert_ended(run: Path, group: int, living: set[int]) -> str:
 def test_a_stopped_rank_ends_the_job_and_is_named(victim: int, shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(run_ranks, TRAIN, arguments(shards, tmp_path, 2), 2, tmp_path, TIME_LIMIT, EXIT_STUCK)
+        job = pool.submit(launch_ranks, TRAIN, arguments(shards, tmp_path, 2), 2, tmp_path, TIME_LIMIT, EXIT_STUCK)
         awaited(lambda: (run / "checkpoints" / "latest").exists())
         found = awaited(lambda: last_beat(run, victim).get("step", 0) > 4 and last_beat(run, victim))
         pid = found["process"]["pid"]

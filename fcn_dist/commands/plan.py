@@ -4,6 +4,7 @@ Nothing is trained, and no GPU is needed: see training/footprint.py and training
 """
 
 import argparse
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +20,15 @@ from fcn_dist.errors import UserError
 from fcn_dist.model.fcn import EARLY_STAGES, FCN
 from fcn_dist.ranks import cut_anew
 from fcn_dist.sizes import parse_size, show_size
+from fcn_dist.training import scaling
 from fcn_dist.training.deepspeed_config import BUCKET
 from fcn_dist.training.footprint import Footprint, footprint, without_content
 from fcn_dist.training.memoryplan import DTYPES, Held, Partition, Weights, held, largest_micro_batch, sent
+from fcn_dist.training.scaling import Links, Work, step
 
 STAGES = (0, 1, 2, 3)
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # fp16 has the sizes of bf16
+ACCUMULATED = 4  # micro-batches, in the table of what more GPUs bring
 WIDTH = 120  # characters of a table that does not go to a terminal
 
 
@@ -52,9 +56,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a recipe value"
     )
+    speed = parser.add_argument_group("what more GPUs bring, on paper")
+    speed.add_argument("--images-per-second", type=float, metavar="R", help="of one GPU, as training shows it")
+    speed.add_argument(
+        "--link", default="50GB", metavar="SIZE", help="a second, that a GPU sends to another of its host"
+    )
+    speed.add_argument("--network", default="10GB", metavar="SIZE", help="a second, that a host sends (%(default)s)")
+    speed.add_argument("--gpus-per-host", type=int, default=8, metavar="N", help="default: %(default)s")
     options = parser.parse_args(argv)
-    for name in ("gpus", "classes", "micro_batch"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
+    for name in ("gpus", "classes", "micro_batch", "gpus_per_host", "images_per_second"):
+        if getattr(options, name) is not None and not 1 <= getattr(options, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; 1 or more is needed")
     memory = parse_size(options.gpu_memory) - parse_size(options.reserve)
     if memory <= 0:
@@ -66,8 +77,14 @@ def main(argv: list[str]) -> None:
     images = options.micro_batch or max(1, -(-(recipe.train.global_batch or options.gpus) // options.gpus))
     outputs = options.classes + recipe.data.score_other
     model = without_content(recipe.model, outputs)
-    rows = plan(recipe, outputs, Weights.of(model), options.gpus, memory, images)
+    links = Links(parse_size(options.link), parse_size(options.network), options.gpus_per_host)
+    weights = Weights.of(model)
+    rows = plan(recipe, outputs, weights, options.gpus, memory, images)
     report(recipe, model, rows, options.gpus, memory, images)
+    if options.images_per_second:
+        work = Work(1 / options.images_per_second)
+        partition = Partition(1, "bfloat16", options.gpus, BUCKET)
+        report_scaling(weights, partition, links, work, images, recipe.train.global_batch)
 
 
 def plan(recipe: Recipe, outputs: int, weights: Weights, gpus: int, memory: float, images: int) -> list[Row]:
@@ -113,6 +130,26 @@ def report(recipe: Recipe, model: FCN, rows: list[Row], gpus: int, memory: float
     Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False, markup=False).print(table)
     console.print("\nBytes on each GPU; sent: by each GPU in a step without accumulation.\n")
     for line in advice(recipe, rows, gpus):
+        console.print(line)
+
+
+def report_scaling(
+    weights: Weights, partition: Partition, links: Links, work: Work, images: int, global_batch: int | None
+) -> None:
+    """Print how images a second grow with the number of GPUs."""
+    console.print("\nOn paper, with ZeRO-1 in bf16, nothing overlapped:\n")
+    table = Table("GPUs", box=None, header_style="dim", padding=(0, 1, 0, 0))
+    for name in ("images/s", "computing", f"images/s, {ACCUMULATED} accumulated", "computing"):
+        table.add_column(name, justify="right")
+    for gpus in sorted({*(2**power for power in range(7)), partition.world_size}):
+        cells = [str(gpus)]
+        for micro_batches in (1, ACCUMULATED):
+            one = step(weights, replace(partition, world_size=gpus), links, work, images, micro_batches)
+            cells += [f"{one.images_per_second:,.0f}", f"{one.efficiency:.0%}"]
+        table.add_row(*cells)
+    console.print(table)
+    console.print()
+    for line in scaling.advice(weights, partition, links, work, images, global_batch):
         console.print(line)
 
 
