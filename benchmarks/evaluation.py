@@ -20,6 +20,7 @@ from report import DOES, Table, Target, median_rate, one_line, ratio, targets_ta
 
 from fcn_dist.console import run_command
 from fcn_dist.errors import UserError
+from fcn_dist.model.devices import multiplies_bfloat16
 
 WAYS = {"ours": "tile by tile, argmax of scores", "plain": "upsample, softmax, argmax at full size"}
 KINDS: dict[str, dict[str, Any]] = {
@@ -52,10 +53,12 @@ def main(argv: list[str]) -> None:
     contenders = rows(args)
     with tempfile.TemporaryDirectory() as scratch:
         measured = run_rounds(list(contenders.values()), args.rounds, Path(scratch), args.time_limit)
+    fast = multiplies_bfloat16(torch.device(args.device))
     by_row = dict(zip(contenders, measured, strict=True))
     facts = {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
-        "images": f"{args.images} of {args.scenes.resolve().name if args.scenes else 'drawn sizes'}, float32",
+        "images": f"{args.images} of {args.scenes.resolve().name if args.scenes else 'drawn sizes'}",
+        "precision": f"float32; our prediction {'bfloat16' if fast else 'float32'}",
         "network": f"FCN-8s on VGG16, width {args.width:g}, 150 outputs",
         "rounds": args.rounds,
     }

@@ -19,6 +19,7 @@ from training_steps import resident
 
 from fcn_dist.config import ModelConfig
 from fcn_dist.labels import LabelRule
+from fcn_dist.model.devices import multiplies_bfloat16
 from fcn_dist.model.fcn import FCN
 from fcn_dist.model.upsampling import argmax_upsampled
 from fcn_dist.scoring.metrics import ConfusionMatrix
@@ -75,7 +76,9 @@ def label(
     for score in (model.score_fr, model.score_pool4, model.score_pool3):
         assert score is not None
         torch.nn.init.kaiming_normal_(score.weight)  # or all scores would be the same
-    model.to(place)
+    # Prediction takes the precision that suits the device, evaluation float32 unless it is asked.
+    fast = way == "ours" and not scored and multiplies_bfloat16(place)
+    model.to(place, torch.bfloat16 if fast else torch.float32)
     to_labels, matrix = WAYS[way], ConfusionMatrix(CLASSES)
 
     def forward(scene: Scene) -> Tensor:

@@ -27,7 +27,9 @@ GB = 10**9
 OURS, PEER = "ours, ", "peer, "
 OURS_BF16, PEER_FP32 = "ours, bf16", "peer, fp32"
 RECOMPUTED = "ours, bf16, stages 1-3 recomputed"
-TORCH_POOLING = "ours, bf16, torch's pooling"  # on a GPU alone, and there at the same batch alone
+TORCH_POOLING = "ours, bf16, torch's pooling"  # on a GPU alone
+COMPILED = "ours, bf16, compiled"
+AT_THE_SAME_BATCH = (TORCH_POOLING, COMPILED)  # alone
 BUDGETS = (12, 24, 80)  # GB
 SHARE_OF_STEPS = 0.45  # of a time limit; the largest batches have the rest
 VARIANTS = (
@@ -53,7 +55,18 @@ VARIANTS = (
         {"precision": "autocast", "compiled": True},
         "torch.compile of forward and loss",
     ),
-    ("peer, fp32, compiled", "training_peer:train", {"precision": "fp32", "compiled": True}, "likewise"),
+    (
+        COMPILED,
+        "training_ours:train",
+        {"precision": "bf16", "compiled": True},
+        "launch/train.py's step, train.compile=true",
+    ),
+    (
+        "peer, fp32, compiled",
+        "training_peer:train",
+        {"precision": "fp32", "compiled": True},
+        "torch.compile of forward and loss",
+    ),
     ("ours, fp32", "training_ours:train", {"precision": "fp32"}, "launch/train.py's step, zero1_fp32.json"),
 )
 # In this order a time limit cuts off what matters least.
@@ -126,7 +139,7 @@ def contenders(args: argparse.Namespace) -> tuple[list[Contender], list[Contende
         [
             Contender(name, f"{function}_largest", options | (small if name == RECOMPUTED else own), does)
             for name, function, options, does in chosen
-            if name != TORCH_POOLING
+            if name not in AT_THE_SAME_BATCH
         ],
     )
 

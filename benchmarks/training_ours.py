@@ -24,6 +24,7 @@ from fcn_dist.model.loss import summed_cross_entropy
 from fcn_dist.progress import TrainingProgress
 from fcn_dist.training.augment import to_device
 from fcn_dist.training.collective import start_ranks
+from fcn_dist.training.compiling import compile_network
 from fcn_dist.training.deepspeed_config import read_deepspeed_config, resolve
 from fcn_dist.training.engine import backward, build_engine, set_learning_rate
 from fcn_dist.training.finite import StepCheck
@@ -46,6 +47,7 @@ class OurTrainer:
         recompute_stages: int = 0,
         model: ModelConfig | None = None,
         torch_pooling: bool = False,
+        compiled: bool = False,
     ) -> None:
         if torch_pooling:  # what is done without Triton's kernels
             vars(relupool)["uses_kernels"] = lambda tensor: False
@@ -59,6 +61,8 @@ class OurTrainer:
         with device:  # random numbers for 135 million weights are made where they are needed
             self.model = FCN(outputs, recipe.model)
         self.model.recompute_stages, self.model.recompute_images = recompute_stages, recipe.train.recompute_images
+        if compiled:
+            compile_network(self.model, config.zero_stage, device)
         groups = parameter_groups(self.model, recipe.schedule)
         self.engine = build_engine(self.model, config, groups)
         self.engine.train()
@@ -71,8 +75,8 @@ class OurTrainer:
         self.check = StepCheck(self.job, self.engine, shard_set, folder, progress, Journal(folder, 0))
 
     def compile(self) -> None:
-        """Not asked for: users train it as it is."""
-        raise AssertionError("no row of ours is compiled")
+        """Not asked for: ours is compiled when it is built, as a recipe has it."""
+        raise AssertionError("a trainer of ours is not compiled afterwards")
 
     def prepare(self, scenes: Scenes) -> Batch:
         """What the loader hands over."""
@@ -106,10 +110,12 @@ class OurTrainer:
         del self.engine, self.model, self.job, self.check
 
 
-def train(precision: str, recompute_stages: int = 0, torch_pooling: bool = False, **options: Any) -> dict[str, Any]:
+def train(
+    precision: str, recompute_stages: int = 0, torch_pooling: bool = False, compiled: bool = False, **options: Any
+) -> dict[str, Any]:
     """Figures of training steps; `options` are those of `measure`."""
-    build = partial(OurTrainer, precision=precision, recompute_stages=recompute_stages, torch_pooling=torch_pooling)
-    return measure(build, **options)
+    how: dict[str, Any] = {"recompute_stages": recompute_stages, "torch_pooling": torch_pooling, "compiled": compiled}
+    return measure(partial(OurTrainer, precision=precision, **how), **options)
 
 
 def train_largest(precision: str, recompute_stages: int = 0, **options: Any) -> dict[str, Any]:

@@ -113,6 +113,7 @@ class TrainConfig:
     watchdog: float = 600.0  # seconds without progress on any rank that end the job; 0: never
     recompute_stages: int = 0  # first stages of the network (5 of the trunk, 6: fc6 and fc7) computed again in backward
     recompute_images: int = 8  # at once, in stages 1 to 3; 0: the whole micro-batch
+    compile: bool = False  # layers between poolings by torch.compile
 
     def __post_init__(self) -> None:
         _check(

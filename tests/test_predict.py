@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def predictor(model: Path) -> Predictor:
-    return Predictor.from_file(model, device="cpu")
+    return Predictor.from_file(model, device="cpu", precision="float32")
 
 
 def pixels(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -106,10 +106,35 @@ def test_a_device_that_is_not_there_is_named(model: Path, device: str) -> None:
         Predictor.from_file(model, device)
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_in_16_bits_labels_are_nearly_the_same(model: Path, predictor: Predictor, precision: str) -> None:
+    other = Predictor.from_file(model, "cpu", precision)
+    image = pixels(128, 200)
+    wanted, scores = predictor.scores(image), other.scores(image)
+    assert scores.dtype == np.float32
+    assert 0 < np.abs(scores - wanted).max() < 0.06 * np.abs(wanted).max()
+    assert (other.predict(image) == predictor.predict(image)).mean() > 0.97
+
+
+@pytest.mark.parametrize(
+    ("flag", "precision"), [("amx_bf16", "bfloat16"), ("avx512_bf16", "bfloat16"), ("avx2", "float32")]
+)
+def test_bfloat16_is_taken_where_the_cpu_multiplies_it(
+    model: Path, monkeypatch: pytest.MonkeyPatch, flag: str, precision: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {flag: True})
+    assert Predictor.from_file(model, "cpu").precision == precision
+
+
+def test_a_precision_that_is_none_is_named(model: Path) -> None:
+    with pytest.raises(UserError, match=r"precision is 'int8'; one of auto, float32, bfloat16, float16 is needed"):
+        Predictor.from_file(model, "cpu", "int8")
+
+
 @pytest.mark.gpu
 def test_a_gpu_labels_as_the_cpu_does(model: Path, predictor: Predictor) -> None:
     image = pixels(128, 200)
-    differ = Predictor.from_file(model, "cuda").predict(image) != predictor.predict(image)
+    differ = Predictor.from_file(model, "cuda", "float32").predict(image) != predictor.predict(image)
     assert differ.mean() < 0.01
 
 

@@ -21,7 +21,7 @@ from fcn_dist.errors import UserError
 from fcn_dist.files import write_text
 from fcn_dist.model.description import ModelDescription
 from fcn_dist.model.devices import keep_freed_memory
-from fcn_dist.model.fcn import FCN
+from fcn_dist.model.fcn import FCN, torch_dtype
 from fcn_dist.model.upsampling import argmax_upsampled
 from fcn_dist.progress import count_progress
 from fcn_dist.ranks import Rank, cores_of
@@ -40,6 +40,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--step", type=int, help="which checkpoint of --run")
     parser.add_argument("--shards", required=True, help="folder written by shards/create.py, or its URL")
     parser.add_argument("--split", default="validation")
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the network's arithmetic (default: %(default)s)",
+    )
     parser.add_argument("--workers", type=int, default=1, help="loader processes a rank")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write scores, classes and confusion matrix")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw image, truth and prediction of some scenes")
@@ -56,6 +62,7 @@ def main(argv: list[str]) -> None:
     shown = rank.index == 0
     with among_ranks():
         start_ranks(rank)
+        model.to(torch_dtype(options.precision))
         if torch.cuda.is_available():
             model.to(torch.device("cuda", rank.local))
         with count_progress(shown) as progress:

@@ -15,7 +15,7 @@ from rich.table import Table
 from fcn_dist.console import console
 from fcn_dist.deploy.imagefiles import SUFFIXES, Job, plan, read_rgb
 from fcn_dist.deploy.pictures import distinct, picture_with_legend, short_name, write_png
-from fcn_dist.deploy.predict import Predictor
+from fcn_dist.deploy.predict import AUTO, PRECISIONS, Predictor
 from fcn_dist.errors import UserError, named
 from fcn_dist.files import replacing, write_text
 from fcn_dist.model.devices import keep_freed_memory
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     keep_freed_memory()
     jobs = plan(options.inputs, options.output, options.overwrite)
-    predictor = Predictor.from_file(options.model, options.device)
+    predictor = Predictor.from_file(options.model, options.device, options.precision)
     outcome = _label_all(jobs, predictor)
     _print_summary(outcome, predictor, options.output)
     if options.json:
@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
             "model": str(options.model),
             "source": predictor.info.source,
             "device": str(predictor.device),
+            "precision": predictor.precision,
             "images": outcome.figures,
             "failures": outcome.failures,
         }
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add("inputs", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER", help=f"in folders: {' '.join(SUFFIXES)}")
     add("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
     add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    add("--precision", choices=PRECISIONS, default=AUTO, help="default: bfloat16 where the device multiplies it")
     add("--overwrite", action="store_true", help="replace outputs that are there already")
     add("--json", type=Path, metavar="PATH", help="also write the figures of all images to one file")
     return parser
@@ -139,4 +141,6 @@ def _print_summary(outcome: Outcome, predictor: Predictor, output_dir: Path) -> 
         console.print(table)
     if order[SHOWN_CLASSES:]:
         console.print(f"and {named([short_name(name) for name in order[SHOWN_CLASSES:]])}")
-    console.print(f"{len(outcome.figures)} images labelled on {predictor.device}, in {output_dir}")
+    console.print(
+        f"{len(outcome.figures)} images labelled on {predictor.device} in {predictor.precision}, in {output_dir}"
+    )

@@ -13,29 +13,42 @@ from torch import Tensor
 
 from fcn_dist.deploy.modelfile import ModelFileInfo, read_model_file
 from fcn_dist.errors import UserError
-from fcn_dist.model.fcn import FCN
+from fcn_dist.model.devices import multiplies_bfloat16
+from fcn_dist.model.fcn import FCN, torch_dtype
 from fcn_dist.model.upsampling import argmax_upsampled, upsample
+
+AUTO = "auto"
+PRECISIONS = (AUTO, "float32", "bfloat16", "float16")
 
 
 class Predictor:
     """A loaded network: load once, predict many. Make one with `Predictor.from_file`."""
 
-    def __init__(self, model: FCN, info: ModelFileInfo, device: torch.device) -> None:
+    def __init__(self, model: FCN, info: ModelFileInfo, device: torch.device, precision: str) -> None:
         self.info = info
         self.device = device
-        self._model = model.to(device)
+        self.precision = precision
+        self._model = model.to(device, torch_dtype(precision))
         table = np.frombuffer(info.description.label_rule.label_table, dtype=np.uint8)
         self._labels: NDArray[np.uint8] = table
 
     @classmethod
-    def from_file(cls, path: str | Path, device: str | torch.device | None = None) -> "Predictor":
+    def from_file(
+        cls, path: str | Path, device: str | torch.device | None = None, precision: str = AUTO
+    ) -> "Predictor":
         """Read a model file; `device` as torch names it, by default a GPU if there is one.
 
-        Raises UserError if the file is no model file, or the device is not there.
+        The network computes in `precision`: "float32", "bfloat16" or "float16"; "auto" is bfloat16 on devices that
+        multiply it, and float32 on others. Raises UserError if the file is no model file, the device is not there, or
+        the precision none of these.
         """
+        if precision not in PRECISIONS:
+            raise UserError(f"precision is {precision!r}; one of {', '.join(PRECISIONS)} is needed")
         found = _device(device)
+        if precision == AUTO:
+            precision = "bfloat16" if multiplies_bfloat16(found) else "float32"
         model, info = read_model_file(Path(path))
-        return cls(model, info, found)
+        return cls(model, info, found, precision)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -65,7 +78,7 @@ class Predictor:
         """
         coarse = self._coarse(image_HW3)
         height, width = image_HW3.shape[:2]
-        scores: NDArray[np.float32] = upsample(coarse, (height, width), self._model.stride)[0].cpu().numpy()
+        scores: NDArray[np.float32] = upsample(coarse.float(), (height, width), self._model.stride)[0].cpu().numpy()
         return scores
 
     @torch.inference_mode()

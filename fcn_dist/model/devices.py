@@ -39,6 +39,14 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether `device` has instructions for products of bfloat16; elsewhere they take longer than those of float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("amx_bf16") or able.get("avx512_bf16"))
+
+
 def peak_memory(device: torch.device) -> int:
     """The most bytes that torch has held at once on a CUDA device; on CPU, that this process has."""
     if device.type == "cuda":

@@ -67,6 +67,7 @@ class FCN(nn.Module):
         self.score_pool3 = Score(channels[2], num_outputs, scale3) if self.stride <= 8 else None
         # In training, see recompute.py: how many of the first stages, and images at once in the early ones (0: all).
         self.recompute_stages, self.recompute_images = 0, 0
+        self._compiled: list[Callable[[Tensor], Tensor]] = []  # by stage; see compile_stages
         self.reset_parameters()
         for parameter in self.parameters():
             # As convolutions of channels_last activations return their gradients, which are then not copied.
@@ -115,7 +116,7 @@ class FCN(nn.Module):
         x, stages = images_BHW3, self.stages()
         for numbers in self.parts():
             layers = [layer for number in numbers for layer in stages[number - 1]]
-            x = self.run(lambda x, layers=layers: self.through(layers, x), layers, x, numbers[-1])  # type: ignore[misc]
+            x = self.run(lambda x, numbers=numbers: self.through(numbers, x), layers, x, numbers[-1])  # type: ignore[misc]
             score = {4: self.score_pool4, 3: self.score_pool3}.get(numbers[-1])
             if score is not None:
                 # At once: backward goes the other way, and would otherwise hold its gradient through the whole head.
@@ -146,13 +147,27 @@ class FCN(nn.Module):
             return part(x)
         return recomputed(part, layers, x, self.recompute_images if last_stage <= EARLY_STAGES else 0)
 
-    def through(self, layers: Sequence[nn.Module], x: Tensor) -> Tensor:
-        """Layers of the trunk; pixels are prepared for the first."""
-        if layers[0] is self.features[0]:
-            x = normalise(x, self.preprocessing, self.score_fr.weight.dtype)
-        for layer in layers:
-            x = layer(x)
+    def through(self, numbers: Sequence[int], x: Tensor) -> Tensor:
+        """Stages of the trunk; pixels are prepared for the first."""
+        stages = self.stages()
+        for number in numbers:
+            *layers, pool = stages[number - 1]
+            if number == 1:
+                x = normalise(x, self.preprocessing, self.score_fr.weight.dtype)
+            if self._compiled and self.training:  # images that are evaluated are of many sizes
+                x = self._compiled[number - 1](x)
+            else:
+                for layer in layers:
+                    x = layer(x)
+            x = pool(x)
         return x
+
+    def compile_stages(self) -> None:
+        """From now on, torch.compile makes one function of the layers before each pooling, for each size in training.
+
+        Names and values of weights stay what they are.
+        """
+        self._compiled = [torch.compile(nn.Sequential(*layers), dynamic=False) for *layers, _ in self.stages()]
 
     def head(self, x: Tensor, dropout_keys: Sequence[int]) -> Tensor:
         """fc6 and fc7 as convolutions, (B, 512, h, w) to (B, 4096, h, w) at full width."""

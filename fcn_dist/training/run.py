@@ -26,6 +26,7 @@ from fcn_dist.scoring.metrics import Scores
 from fcn_dist.training.bad_samples import BadSamples
 from fcn_dist.training.beats import RANKS_DIR
 from fcn_dist.training.collective import device, noticing_lost_peers, of_all_ranks, on_rank_zero, start_ranks
+from fcn_dist.training.compiling import compile_network
 from fcn_dist.training.deepspeed_config import BATCH_KEYS, EngineConfig, resolve
 from fcn_dist.training.engine import Engine, build_engine
 from fcn_dist.training.entry import Entry, Start, clear, enter, hold_run_folder
@@ -109,6 +110,8 @@ def make_ready(config: RunConfig) -> Ready:
 
     start_ranks()
     engine_config, fitted = fit(engine_config, recipe, model, rank)
+    if recipe.train.compile:
+        compile_network(model, engine_config.zero_stage, device(rank))
     groups = parameter_groups(model, recipe.schedule)
     engine = build_engine(model, engine_config, groups)
     record = run_record(config, engine_config, description, shard_set, validation, steps)
