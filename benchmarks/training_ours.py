@@ -68,7 +68,17 @@ class OurTrainer:
         self.engine.train()
         # The stream and the set are asked for the names of samples, after a step that was not finite.
         stream, shard_set = cast(SampleStream, None), cast(ShardSet, None)
-        self.job = Job(recipe, config, groups, stream, self.model.stride, rank, device, recipe.schedule.steps or 1)
+        self.job = Job(
+            recipe,
+            config,
+            groups,
+            stream,
+            self.model.stride,
+            self.model.offset,
+            rank,
+            device,
+            recipe.schedule.steps or 1,
+        )
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
         progress = TrainingProgress(1, 0, shown=False)

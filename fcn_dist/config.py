@@ -52,6 +52,8 @@ class ModelConfig:
     """The network and the weights it starts from."""
 
     variant: Literal["fcn8s", "fcn16s", "fcn32s"] = "fcn8s"
+    # "reference": padding by 100 pixels and crops as in the Caffe release, for its weights; it computes more.
+    geometry: Literal["same", "reference"] = "same"
     # With batch normalisation (_bn) each micro-batch is normalised by itself, so the update depends on how the global
     # batch is cut into micro-batches, and other ranks do not continue a run exactly. Without it they do.
     backbone: Literal["vgg16", "vgg16_bn", "vgg19", "vgg19_bn"] = "vgg16"

@@ -124,7 +124,7 @@ def draw_sheet(model: FCN, shard_set: ShardSet, path: Path) -> None:
         image, truth = decode(sample)
         with torch.inference_mode():
             coarse = model(torch.from_numpy(image)[None].to(device), coarse=True)
-            outputs = argmax_upsampled(coarse, (truth.shape[0], truth.shape[1]), model.stride)
+            outputs = argmax_upsampled(coarse, (truth.shape[0], truth.shape[1]), model.stride, model.offset)
         rows.append(Row(image, truth, table[outputs[0].cpu().numpy()], sample.key))
     write_png(path, sheet(rows, shard_set.classes, distinct(shard_set.colours)))
 

@@ -67,7 +67,8 @@ class Predictor:
         """
         coarse = self._coarse(image_HW3)
         height, width = image_HW3.shape[:2]
-        outputs = argmax_upsampled(coarse, (height, width), self._model.stride)[0].cpu().numpy()
+        stride, offset = self._model.stride, self._model.offset
+        outputs = argmax_upsampled(coarse, (height, width), stride, offset)[0].cpu().numpy()
         labels: NDArray[np.uint8] = self._labels[outputs]
         return labels
 
@@ -78,8 +79,9 @@ class Predictor:
         """
         coarse = self._coarse(image_HW3)
         height, width = image_HW3.shape[:2]
-        scores: NDArray[np.float32] = upsample(coarse.float(), (height, width), self._model.stride)[0].cpu().numpy()
-        return scores
+        scores = upsample(coarse.float(), (height, width), self._model.stride, self._model.offset)
+        found: NDArray[np.float32] = scores[0].cpu().numpy()
+        return found
 
     @torch.inference_mode()
     def _coarse(self, image: Any) -> Tensor:

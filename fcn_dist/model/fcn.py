@@ -4,6 +4,7 @@ Shapes: B images, H x W pixels, C outputs, h x w = ceil(H / stride) x ceil(W / s
 
 Geometry "same": every convolution is padded to keep its size and pooling rounds up, so a cell of stride s covers
 pixels [s*i, s*(i+1)), maps of different stride stay aligned at their top left corner, and any image size works.
+Geometry "reference" is in reference.py; there the image is a window of what the cells cover.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fcn_dist.config import BACKBONES, ModelConfig
+from fcn_dist.model import reference
 from fcn_dist.model.batchnorm import BatchNorm2d
 from fcn_dist.model.dropout import drawn_keys, relu_dropout
 from fcn_dist.model.preprocess import TORCHVISION, Preprocessing, normalise
@@ -56,10 +58,13 @@ class FCN(nn.Module):
         self.num_outputs = num_outputs
         self.preprocessing = preprocessing
         self.stride = STRIDES[config.variant]
+        self.is_reference = config.geometry == "reference"
+        # Pixels that the coarse map covers before the image's first.
+        self.offset = reference.pixels_before(self.stride) if self.is_reference else 0
         channels = [scaled(c, config.width) for c in STAGE_CHANNELS]
         head = config.head_width or scaled(HEAD_CHANNELS, config.width)
-        self.features = build_trunk(config.backbone, channels)
-        self.fc6 = nn.Conv2d(channels[4], head, 7, padding=3)
+        self.features = build_trunk(config.backbone, channels, reference.PADDING if self.is_reference else 1)
+        self.fc6 = nn.Conv2d(channels[4], head, 7, padding=0 if self.is_reference else 3)
         self.fc7 = nn.Conv2d(head, head, 1)
         self.score_fr = nn.Conv2d(head, num_outputs, 1)
         scale4, scale3 = AT_ONCE_SCALES if config.at_once else (1.0, 1.0)
@@ -104,7 +109,7 @@ class FCN(nn.Module):
         return self
 
     def forward(self, images_BHW3: Tensor, coarse: bool = False, dropout_keys: Sequence[int] | None = None) -> Tensor:
-        """Scores (B, C, H, W) of RGB images in 0-255 (uint8 or floating), or (B, C, h, w) if `coarse`.
+        """Scores (B, C, H, W) of RGB images in 0-255 (uint8 or floating), or of all cells, (B, C, h, w), if `coarse`.
 
         In training mode, dropout draws from `dropout_keys`, one 64-bit key an image; None: keys from torch's global
         generator.
@@ -122,8 +127,8 @@ class FCN(nn.Module):
                 # At once: backward goes the other way, and would otherwise hold its gradient through the whole head.
                 skips[numbers[-1]] = score(x)
         x = self.run(lambda x: self.head(x, dropout_keys), [self.fc6, self.fc7], x, HEAD_STAGE)
-        scores = fuse(self.score_fr(x), skips)
-        return scores if coarse else upsample(scores, size, self.stride)
+        scores = (reference.fuse if self.is_reference else fuse)(self.score_fr(x), skips)
+        return scores if coarse else upsample(scores, size, self.stride, self.offset)
 
     def stages(self) -> list[list[nn.Module]]:
         """The layers of the trunk's five stages."""
@@ -204,16 +209,17 @@ class Score(nn.Conv2d):
         return torch.add(self.bias[:, None, None], F.conv2d(x_BChw, self.weight), alpha=self.scale)
 
 
-def build_trunk(backbone: str, channels: Sequence[int]) -> nn.Sequential:
+def build_trunk(backbone: str, channels: Sequence[int], padding: int) -> nn.Sequential:
     """The convolutions of VGG, their layers numbered as torchvision numbers them.
 
-    Convolutions keep their bias before batch normalisation, which takes it out again, as torchvision's files have it.
+    The first convolution pads by `padding` pixels, the others by one cell. Convolutions keep their bias before batch
+    normalisation, which takes it out again, as torchvision's files have it.
     """
     layers: list[nn.Module] = []
     previous = 3
     for count, width in zip(STAGE_CONVOLUTIONS[backbone.removesuffix(BATCH_NORM)], channels, strict=True):
         for _ in range(count):
-            layers.append(nn.Conv2d(previous, width, 3, padding=1))
+            layers.append(nn.Conv2d(previous, width, 3, padding=1 if layers else padding))
             if backbone.endswith(BATCH_NORM):
                 layers.append(BatchNorm2d(width))
             layers.append(nn.ReLU(inplace=True))

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from fcn_dist.model import reference
 from fcn_dist.model.batchnorm import BatchNorm2d
 from fcn_dist.model.fcn import FCN
 from fcn_dist.model.relupool import ReLUPool
@@ -35,7 +36,9 @@ def training_flops(model: FCN, size: tuple[int, int]) -> int:
 
 def convolutions(model: FCN, size: tuple[int, int]) -> Iterator[Use]:
     """Every convolution of the network for an image of `size`, in the order they are computed."""
-    (height, width), trained, pools = size, False, []
+    wider = 2 * (reference.PADDING - 1) if model.is_reference else 0  # than the image, by the first convolution
+    height, width, trained = size[0] + wider, size[1] + wider, False
+    pools = []
     for layer in model.features:
         if isinstance(layer, ReLUPool):
             height, width = (height + 1) // 2, (width + 1) // 2  # rounds up
@@ -45,6 +48,8 @@ def convolutions(model: FCN, size: tuple[int, int]) -> Iterator[Use]:
             trained = trained or layer.weight.requires_grad
         elif isinstance(layer, BatchNorm2d):
             trained = trained or layer.weight.requires_grad
+    if model.is_reference:
+        height, width = height - 6, width - 6  # fc6 has a kernel of 7 and no padding
     for layer in (model.fc6, model.fc7, model.score_fr):
         yield Use(layer, height * width, trained)
         trained = trained or layer.weight.requires_grad

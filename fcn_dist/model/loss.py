@@ -14,17 +14,29 @@ from torch.autograd.function import once_differentiable
 
 from fcn_dist.labels import IGNORE_LABEL
 from fcn_dist.model.devices import uses_kernels
-from fcn_dist.model.upsampling import Tile, add_tile_gradient, pixels_of, tiles, upsample_tile
+from fcn_dist.model.upsampling import Tile, add_tile_gradient, covered, pixels_of, tiles, upsample_tile
 
 
-def summed_cross_entropy(coarse_BChw: Tensor, targets_BHW: Tensor, stride: int) -> Tensor:
+def summed_cross_entropy(coarse_BChw: Tensor, targets_BHW: Tensor, stride: int, offset: int = 0) -> Tensor:
     """Cross-entropy of the upsampled scores, summed over labelled pixels: a float32 scalar.
 
-    Divide by the labelled pixels of the whole global batch; then ranks and accumulation do not change the update.
-    Forward and gradient are one pass, so backward costs one multiplication.
+    The image begins `offset` pixels after the first that the cells cover. Divide by the labelled pixels of the whole
+    global batch; then ranks and accumulation do not change the update. Forward and gradient are one pass, so backward
+    costs one multiplication.
     """
+    targets_BHW = placed(targets_BHW, coarse_BChw, stride, offset)
     loss: Tensor = SummedCrossEntropy.apply(coarse_BChw, targets_BHW, stride)  # type: ignore[no-untyped-call]
     return loss
+
+
+def placed(targets_BHW: Tensor, coarse_BChw: Tensor, stride: int, offset: int) -> Tensor:
+    """Targets of all pixels that the cells cover, ignored outside the image, which begins after `offset` of them."""
+    if not offset:
+        return targets_BHW
+    batch, height, width = targets_BHW.shape
+    canvas = targets_BHW.new_full((batch, *covered(coarse_BChw, stride)), IGNORE_LABEL)
+    canvas[:, offset : offset + height, offset : offset + width] = targets_BHW
+    return canvas
 
 
 class SummedCrossEntropy(torch.autograd.Function):

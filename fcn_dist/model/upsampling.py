@@ -102,14 +102,28 @@ def _weights(stride: int, dtype: torch.dtype, device: torch.device) -> tuple[Ten
     return 1 - far, far
 
 
-def upsample(coarse_BChw: Tensor, size: tuple[int, int], stride: int) -> Tensor:
-    """All scores at full size, (B, C, H, W): the largest tensor there is; prefer the functions that tile."""
+def upsample(coarse_BChw: Tensor, size: tuple[int, int], stride: int, offset: int = 0) -> Tensor:
+    """All scores at full size, (B, C, H, W): the largest tensor there is; prefer the functions that tile.
+
+    The image begins `offset` pixels after the first that the cells cover.
+    """
     full = F.interpolate(coarse_BChw, scale_factor=stride, mode="bilinear", align_corners=False)
-    return full[:, :, : size[0], : size[1]]
+    return full[:, :, offset : offset + size[0], offset : offset + size[1]]
 
 
-def argmax_upsampled(coarse_BChw: Tensor, size: tuple[int, int], stride: int) -> Tensor:
-    """The output with the highest score at each pixel, (B, H, W) uint8, ties to the lower; NaN counts as infinity."""
+def covered(coarse_BChw: Tensor, stride: int) -> tuple[int, int]:
+    """Pixels that the cells cover, in height and width."""
+    return coarse_BChw.shape[2] * stride, coarse_BChw.shape[3] * stride
+
+
+def argmax_upsampled(coarse_BChw: Tensor, size: tuple[int, int], stride: int, offset: int = 0) -> Tensor:
+    """The output with the highest score at each pixel, (B, H, W) uint8, ties to the lower; NaN counts as infinity.
+
+    The image begins `offset` pixels after the first that the cells cover.
+    """
+    if offset:
+        labels = argmax_upsampled(coarse_BChw, covered(coarse_BChw, stride), stride)
+        return labels[:, offset : offset + size[0], offset : offset + size[1]]
     if uses_kernels(coarse_BChw):
         from fcn_dist.model.kernels import argmax
 

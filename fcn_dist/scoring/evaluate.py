@@ -57,7 +57,8 @@ def evaluate(
                     forward(spare, coarse=True)
                     continue
                 coarse = forward(scene.image.to(device), coarse=True)
-                outputs = argmax_upsampled(coarse, (scene.labels.shape[0], scene.labels.shape[1]), model.stride)
+                size = (scene.labels.shape[0], scene.labels.shape[1])
+                outputs = argmax_upsampled(coarse, size, model.stride, model.offset)
                 matrix.update(scene.labels.numpy(), label_table[outputs[0].cpu().numpy()])
                 advance(1)
     finally:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from fcn_dist.config import ModelConfig, Recipe
 from fcn_dist.model.fcn import FCN
-from fcn_dist.model.loss import SummedCrossEntropy, saved_dtype, tiled_loss_and_gradient
+from fcn_dist.model.loss import SummedCrossEntropy, placed, saved_dtype, tiled_loss_and_gradient
 from fcn_dist.model.upsampling import tiles
 from fcn_dist.training.augment import jitter
 
@@ -93,7 +93,8 @@ def rehearsed(
                 if jittered:
                     pixels = jitter(pixels, torch.ones(images, 3))
                 scores = model(pixels, coarse=True, dropout_keys=range(images))
-                loss: Tensor = RehearsedLoss.apply(scores, labels, model.stride)  # type: ignore[no-untyped-call]
+                targets = placed(labels, scores, model.stride, model.offset)
+                loss: Tensor = RehearsedLoss.apply(scores, targets, model.stride)  # type: ignore[no-untyped-call]
                 tracker.begin_part()
                 loss.backward()  # type: ignore[no-untyped-call]
                 tracker.begin_part()

@@ -20,6 +20,7 @@ class Job:
     groups: list[ParameterGroup]
     stream: SampleStream
     stride: int  # of the network's coarse scores
+    offset: int  # pixels that they cover before the image's first
     rank: Rank
     device: torch.device
     steps: int  # of the whole run

@@ -90,7 +90,8 @@ def accumulate(
         clock.enter(Phase.FORWARD)
         images, targets = to_device(batch, job.recipe.data, job.recipe.train.seed, job.device)
         dropout_keys = [key64(job.recipe.train.seed, position) for position in batch.positions]
-        loss = summed_cross_entropy(engine(images, coarse=True, dropout_keys=dropout_keys), targets, job.stride)
+        scores = engine(images, coarse=True, dropout_keys=dropout_keys)
+        loss = summed_cross_entropy(scores, targets, job.stride, job.offset)
         clock.enter(Phase.BACKWARD)
         backward(engine, check.watch(loss) * scale)
         engine.step()

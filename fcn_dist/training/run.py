@@ -124,7 +124,7 @@ def make_ready(config: RunConfig) -> Ready:
         on_rank_zero(rank, lambda: clear(config.output, entry))
         lines += change_of_cut(entry.checkpoint.state, engine_config)
     stream = SampleStream(shard_set, recipe.train.seed, window=recipe.data.window, lanes=recipe.data.lanes)
-    job = Job(recipe, engine_config, groups, stream, model.stride, rank, device(rank), steps)
+    job = Job(recipe, engine_config, groups, stream, model.stride, model.offset, rank, device(rank), steps)
     return Ready(job, engine, model, shard_set, validation, record, entry, lock, "\n".join(lines))
 
 
