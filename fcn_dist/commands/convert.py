@@ -1,18 +1,27 @@
-"""`convert`: a run's checkpoint to one model file."""
+"""`convert`: a run's checkpoint, or another system's weights, to one model file."""
 
 import argparse
 import json
 from pathlib import Path
 
 from fcn_dist.console import console
+from fcn_dist.data.scenes.class_info import read_names
+from fcn_dist.deploy import pytorch_fcn
 from fcn_dist.deploy.convert import DTYPES, Conversion, convert
-from fcn_dist.errors import named
+from fcn_dist.errors import UserError, named
 from fcn_dist.files import write_text
 
 
 def main(argv: list[str]) -> None:
     """Convert as the arguments say, and print what the new file was compared with."""
     options = _parser().parse_args(argv)
+    if options.origin:
+        _convert_weights(options)
+        return
+    if options.classes or options.at_once:
+        raise UserError(
+            "--classes and --at-once describe weights given with --from; a run knows its own; leave them out"
+        )
     conversion = convert(options.run, options.out, step=options.step, dtype=options.dtype, overwrite=options.overwrite)
     _print_summary(conversion, options.dtype)
     if options.json:
@@ -22,13 +31,47 @@ def main(argv: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("convert", description="Turn a run's checkpoint into one model file.")
     add = parser.add_argument
-    add("run", type=Path, help="run folder, as launch/train.py wrote it with --output")
+    add("run", type=Path, help="run folder, as launch/train.py wrote it with --output; with --from, a file")
     add("out", type=Path, help="model file to write, such as model.safetensors")
     add("--step", type=int, metavar="N", help="checkpoint to convert (default: the newest whole one)")
     add("--dtype", choices=DTYPES, default="float32", help="of the stored weights (default: %(default)s)")
     add("--overwrite", action="store_true", help="replace a model file that is there already")
+    add("--from", dest="origin", choices=("pytorch-fcn",), help="convert a .pth state dict of that system")
+    add("--classes", type=Path, metavar="FILE", help="its classes: objectInfo150.txt, or a name a line")
+    add("--at-once", action="store_true", help="it is the at-once form, FCN8sAtOnce")
     add("--json", type=Path, metavar="PATH", help="also write these figures to a JSON file")
     return parser
+
+
+def _convert_weights(options: argparse.Namespace) -> None:
+    """Those of pytorch-fcn."""
+    if not options.classes:
+        raise UserError("a state dict does not name its classes; --classes with a file of names is needed")
+    for name in ("step", "json"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name} is about a run; --from {options.origin} takes a file; leave it out")
+    converted = pytorch_fcn.convert(
+        options.run,
+        options.out,
+        read_names(options.classes),
+        at_once=options.at_once,
+        dtype=options.dtype,
+        overwrite=options.overwrite,
+    )
+    model = converted.description.config
+    console.print(
+        f"read        {options.run}: {model.variant}{' at once' if model.at_once else ''} of pytorch-fcn, "
+        f"{len(converted.description.classes)} classes"
+    )
+    console.print(
+        f"checked     {converted.scores:,} scores of a probe image against its own layers: largest difference "
+        f"{converted.difference:.2g} of the largest score, {converted.tolerance:.2g} allowed"
+    )
+    _print_file(converted.path, converted.parameters, options.dtype)
+
+
+def _print_file(path: Path, parameters: int, dtype: str) -> None:
+    console.print(f"wrote       {path} ({parameters:,} weights in {dtype}, {path.stat().st_size / 1e6:,.1f} MB)")
 
 
 def _print_summary(conversion: Conversion, dtype: str) -> None:
@@ -49,10 +92,7 @@ def _print_summary(conversion: Conversion, dtype: str) -> None:
         f"{agreement.arithmetic}: largest difference {agreement.difference:.2g} of the largest score, "
         f"{agreement.tolerance:.2g} allowed"
     )
-    console.print(
-        f"wrote       {conversion.path} ({conversion.parameters:,} weights in {dtype}, "
-        f"{conversion.path.stat().st_size / 1e6:,.1f} MB)"
-    )
+    _print_file(conversion.path, conversion.parameters, dtype)
 
 
 def _as_dict(conversion: Conversion, dtype: str) -> dict[str, object]:

@@ -19,6 +19,7 @@ CLASSIFIER = {"classifier.0": ("fc6", 7), "classifier.3": ("fc7", 1)}
 # Files of torch before 0.4.1 do not have the count of batches; nothing here depends on it.
 COUNTER = "num_batches_tracked"
 VARIANCE = "running_var"
+CHECKPOINT_KEY = "model_state_dict"  # where pytorch-fcn's and other trainers keep a network beside its optimizer
 
 
 def read_weights(path: Path, convention: str | None) -> tuple[dict[str, Tensor], Preprocessing]:
@@ -27,12 +28,7 @@ def read_weights(path: Path, convention: str | None) -> tuple[dict[str, Tensor],
     `convention` None takes what a safetensors file's metadata says. Raises UserError if the file cannot be read,
     is no state dict, or its convention is unknown. `.pth` files are read without unpickling code.
     """
-    try:
-        state, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), {})
-    except OSError as error:
-        raise UserError(f"weights {path} cannot be read ({error.strerror or error}); set model.weights") from error
-    except Exception as error:  # both readers raise kinds of their own for damage
-        raise UserError(f"weights {path} are no state dict ({error}); a VGG state dict is needed") from error
+    state, metadata = _read(path)
     convention = convention or metadata.get("preprocessing", "").partition(":")[0]
     if convention not in CONVENTIONS:
         raise UserError(
@@ -40,6 +36,20 @@ def read_weights(path: Path, convention: str | None) -> tuple[dict[str, Tensor],
             "model.weights_convention"
         )
     return state, CONVENTIONS[convention]
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """A state dict by itself. Raises UserError if the file cannot be read, or is none."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        return _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), {})
+    except OSError as error:
+        raise UserError(f"weights {path} cannot be read ({error.strerror or error}); name another file") from error
+    except Exception as error:  # both readers raise kinds of their own for damage
+        raise UserError(f"weights {path} are no state dict ({error}); names with tensors are needed") from error
 
 
 def load_weights(model: FCN, state: Mapping[str, Tensor], where: str) -> list[str]:
@@ -109,6 +119,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     state = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(state, dict):
+        state = state.get(CHECKPOINT_KEY, state)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError("not a mapping of names to tensors")
     return state

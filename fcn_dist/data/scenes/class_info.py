@@ -17,10 +17,34 @@ def read_classes(scenes_dir: Path) -> tuple[str, ...]:
     Raises UserError if there is no such file, or its indices are not 1..N.
     """
     path = _object_info_path(scenes_dir)
+    return _indexed(path, _lines(path))
+
+
+def read_names(path: Path) -> tuple[str, ...]:
+    """The names of labels 1..N from an objectInfo file, or from any text file with one name a line.
+
+    Raises UserError if the file cannot be read, or names no class or one twice.
+    """
+    lines = _lines(path)
+    if lines and lines[0].split("\t")[0].strip() == COLUMNS[0]:
+        return _indexed(path, lines)
+    names = [line.strip() for line in lines if line.strip()]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if not names or twice:
+        found = f"{named(twice)} twice" if twice else "no names"
+        raise UserError(f"{path} has {found}; the name of a class on each line is needed, each one once")
+    LabelRule(len(names))  # refuses what does not fit 8-bit labels
+    return tuple(names)
+
+
+def _lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        return path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); a UTF-8 text file is needed; restore it") from error
+
+
+def _indexed(path: Path, lines: list[str]) -> tuple[str, ...]:
     names: dict[int, str] = {}
     for number, line in enumerate(lines, 1):
         cells = [cell.strip() for cell in line.split("\t")]
