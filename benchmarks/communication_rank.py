@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 
 from fcn_dist.commands.ranks import among_ranks
-from fcn_dist.config import ModelConfig, Recipe, load_recipe
+from fcn_dist.config import ModelConfig, Recipe
 from fcn_dist.model.fcn import FCN
 from fcn_dist.model.loss import summed_cross_entropy
 from fcn_dist.ranks import Rank
+from fcn_dist.recipefile import load_recipe
 from fcn_dist.training.collective import device, start_ranks
 from fcn_dist.training.deepspeed_config import resolve
 from fcn_dist.training.engine import Engine, backward, build_engine, set_learning_rate

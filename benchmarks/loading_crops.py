@@ -22,7 +22,8 @@ from fcn_dist.data.transforms import crop_into, decode, draw_window, generator
 from fcn_dist.keys import Purpose
 
 SIZE = 256
-CONFIG = DataConfig(crop=(SIZE, SIZE), scale=(0.5, 2.0), flip=0.5)
+SCALE = (0.5, 2.0)
+CONFIG = DataConfig(crop=(SIZE, SIZE), scale=SCALE, flip=0.5)
 SEED = 0
 GREY = (114, 114, 114)
 
@@ -37,7 +38,7 @@ def with_pillow(image: bytes, mask: bytes) -> Crop:
 
 def augment(picture: Image.Image, labels: Image.Image) -> Crop:
     """What follows decoding in `with_pillow`."""
-    low, high = CONFIG.scale
+    low, high = SCALE
     factor = math.exp(random.uniform(math.log(low), math.log(high)))
     size = (round(picture.width * factor), round(picture.height * factor))
     picture = picture.resize(size, Image.Resampling.BILINEAR)

@@ -21,8 +21,8 @@ from launched import ROOT, launch
 from measure import Contender, Measured
 from report import Table, Target, one_line, targets_table, write_report
 
-from fcn_dist.config import load_recipe
 from fcn_dist.console import run_command
+from fcn_dist.recipefile import load_recipe
 from fcn_dist.sizes import show_size
 from fcn_dist.training.deepspeed_config import read_deepspeed_config, resolve
 from fcn_dist.training.footprint import footprint, without_content

@@ -14,9 +14,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fcn_dist.commands.ranks import among_ranks
-from fcn_dist.config import load_recipe
 from fcn_dist.model.fcn import FCN
 from fcn_dist.model.loss import summed_cross_entropy
+from fcn_dist.recipefile import load_recipe
 from fcn_dist.training.collective import device, start_ranks
 from fcn_dist.training.deepspeed_config import read_deepspeed_config, resolve
 from fcn_dist.training.engine import backward, build_engine, set_learning_rate

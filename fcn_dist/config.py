@@ -1,15 +1,11 @@
-"""The recipe: one tree of frozen dataclasses, read from YAML and `--set KEY=VALUE`, never changed afterwards.
+"""The recipe: one tree of frozen dataclasses, never changed once it is read (recipefile.py).
 
 The recipe owns data, model, schedule and cadences. Batch cutting, precision, ZeRO stage, optimizer and clipping
 belong to the DeepSpeed configuration (see training/deepspeed_config.py).
 """
 
-import copy
-import difflib
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from fcn_dist.errors import UserError
@@ -22,7 +18,8 @@ class DataConfig:
     """What a training sample is."""
 
     crop: tuple[int, int] = (256, 256)  # height, width in pixels
-    scale: tuple[float, float] = (0.5, 2.0)  # resize factor, drawn log-uniformly
+    scale: tuple[float, float] | None = (0.5, 2.0)  # resize factor, drawn log-uniformly; None: squash all into the crop
+    interpolation: Literal["bilinear", "nearest"] = "bilinear"  # of images; bilinear is averaging where it halves
     flip: float = 0.5  # probability of mirroring left to right
     jitter: float = 0.0  # brightness, contrast and saturation are scaled by up to 1 +- this
     score_other: bool = False  # label 0 as an ordinary class, as the TensorFlow FCN had it
@@ -36,8 +33,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check(min(self.crop) >= 1, "data.crop", self.crop, "two sizes of at least 1 pixel")
-        low, high = self.scale
-        _check(0 < low <= high < math.inf, "data.scale", self.scale, "two positive factors, low to high")
+        low, high = self.scale or (1.0, 1.0)
+        _check(0 < low <= high < math.inf, "data.scale", self.scale, "two positive factors, low to high, or null")
         _check(0 <= self.flip <= 1, "data.flip", self.flip, "a probability")
         _check(0 <= self.jitter < 1, "data.jitter", self.jitter, "a number in [0, 1)")
         _check(self.workers >= 0, "data.workers", self.workers, "0 or more processes")
@@ -60,6 +57,7 @@ class ModelConfig:
     width: float = 1.0  # factor on every channel count but the outputs
     head_width: int | None = None  # channels of fc6 and fc7; None: 4096 times width
     dropout: float = 0.5  # after fc6 and fc7
+    pooling: Literal["max", "average"] = "max"  # "average": after stages 1 to 4, as the TensorFlow FCN had it
     at_once: bool = False  # scale pool4 by 0.01 and pool3 by 0.0001, the at-once form's conditioning
     frozen_stages: int = 0  # first stages of the backbone that keep weights and statistics they start with
     weights: str | None = None  # VGG weights, .safetensors or .pth
@@ -111,6 +109,9 @@ class TrainConfig:
 
     global_batch: int | None = None  # images a step, over all ranks; None: as the DeepSpeed configuration gives it
     seed: int = 0
+    # "mean" over the labelled pixels of the global batch; "sum" over those of an image, and the mean over images: at a
+    # batch of 1 the reference's, whose learning rates are some 100,000 times smaller.
+    loss: Literal["mean", "sum"] = "mean"
     max_skipped_steps: int = 10  # that may not be finite, in the whole run, before it ends
     watchdog: float = 600.0  # seconds without progress on any rank that end the job; 0: never
     recompute_stages: int = 0  # first stages of the network (5 of the trunk, 6: fc6 and fc7) computed again in backward
@@ -189,85 +190,6 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """JSON form, every value resolved."""
         return asdict(self)
-
-
-def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a YAML file (defaults if None) with `KEY=VALUE` overrides applied, later ones winning.
-
-    Raises UserError naming the key that is unknown or has a value of the wrong kind, and where it stands.
-    """
-    import yaml
-
-    if path is None:
-        return recipe_from_dict({}, "the recipe", overrides)
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except OSError as error:
-        raise UserError(f"recipe {path} cannot be read ({error.strerror}); give --recipe a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} is not YAML: {error}") from error
-    return recipe_from_dict(tree, str(path), overrides)
-
-
-def recipe_from_dict(tree: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Build and check a recipe; `where` names its origin in errors, the rest as `load_recipe`."""
-    from jsonargparse import ArgumentParser
-
-    _refuse_unknown(tree, Recipe, "", where)
-    tree = copy.deepcopy(tree)
-    for override in overrides:
-        _override(tree, override)
-    schedule = tree.get("schedule", {})
-    if schedule.get("epochs") is None and schedule.get("steps") is None:
-        tree = {**tree, "schedule": {**schedule, "steps": 1000}}
-    elif "steps" not in schedule:
-        # jsonargparse fills in the default of the whole section, which counts in steps.
-        tree = {**tree, "schedule": {**schedule, "steps": None}}
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Recipe, None)
-    try:
-        values = parser.instantiate(parser.parse_object(tree))
-    except Exception as error:  # jsonargparse raises several kinds, of which argparse's is only the commonest
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise UserError(f"{where}: {' '.join(str(error).split())}") from error
-    return Recipe(**{f.name: values[f.name] for f in fields(Recipe)})
-
-
-def _override(tree: dict[str, Any], override: str) -> None:
-    import yaml
-
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise UserError(f"--set {override} has no '='; KEY=VALUE is needed, such as --set checkpoint.every=500")
-    try:
-        _set(tree, key.strip().split("."), yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: the value is not YAML: {error}") from error
-    _refuse_unknown(tree, Recipe, "", f"--set {override}")
-
-
-def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
-    *sections, name = path
-    for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            raise UserError(f"--set {'.'.join(path)}: {section!r} is a value, not a section; check the key")
-    tree[name] = value
-
-
-def _refuse_unknown(tree: Any, section: Any, prefix: str, where: str) -> None:
-    """Raise UserError for the first key of `tree` that dataclass `section` does not have."""
-    if not isinstance(tree, dict):
-        raise UserError(f"{where}: {prefix.rstrip('.') or 'the recipe'} is {tree!r}; a section of keys is needed")
-    known = {f.name: f.type for f in fields(section)}
-    for key, value in tree.items():
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"known are {', '.join(known)}"
-            raise UserError(f"{where}: unknown recipe key {prefix}{key}; {hint}")
-        if is_dataclass(known[key]):
-            _refuse_unknown(value, known[key], f"{prefix}{key}.", where)
 
 
 def _check(holds: bool, key: str, found: Any, needed: str) -> None:

@@ -17,11 +17,11 @@ from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from torch import Tensor
 
 from fcn_dist.commands.ranks import among_ranks
-from fcn_dist.config import recipe_from_dict
 from fcn_dist.data.loader import Batch
 from fcn_dist.errors import EarlyEnd
 from fcn_dist.model.loss import summed_cross_entropy
 from fcn_dist.ranks import Rank
+from fcn_dist.recipefile import recipe_from_dict
 from fcn_dist.training import loop, run
 from fcn_dist.training.engine import loss_scale
 from fcn_dist.training.finite import StepCheck

@@ -15,8 +15,8 @@ from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from torch import Tensor
 
 from fcn_dist.commands.ranks import among_ranks
-from fcn_dist.config import recipe_from_dict
 from fcn_dist.ranks import Rank
+from fcn_dist.recipefile import recipe_from_dict
 from fcn_dist.training import loop, run
 
 CPU_Accelerator.is_fp16_supported = lambda self: True  # as in fp16_anywhere.py

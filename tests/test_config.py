@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fcn_dist.config import Recipe, ScheduleConfig, load_recipe, recipe_from_dict
+from fcn_dist.config import Recipe, ScheduleConfig
 from fcn_dist.errors import UserError
+from fcn_dist.recipefile import load_recipe, recipe_from_dict
 
 
 def write(path: Path, text: str) -> Path:
@@ -56,7 +57,7 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(tmp_path: Path)
     [
         ("schedul: {steps: 3}", r"r\.yaml: unknown recipe key schedul; did you mean schedule\?"),
         ("schedule: {step: 3}", r"r\.yaml: unknown recipe key schedule\.step; did you mean schedule\.steps\?"),
-        ("model: {zzz: 3}", r"r\.yaml: unknown recipe key model\.zzz; known are variant, backbone, width"),
+        ("model: {zzz: 3}", r"r\.yaml: unknown recipe key model\.zzz; known are variant, geometry, backbone"),
         ("data: 5", r"r\.yaml: data is 5; a section of keys is needed"),
         ("data:", r"r\.yaml: data is None; a section of keys is needed"),
         ("- 1", r"r\.yaml: the recipe is \[1\]; a section of keys is needed"),

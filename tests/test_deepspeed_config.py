@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from fcn_dist.config import Recipe, load_recipe
+from fcn_dist.config import Recipe
 from fcn_dist.errors import UserError
 from fcn_dist.ranks import BatchPlan
+from fcn_dist.recipefile import load_recipe
 from fcn_dist.training.deepspeed_config import EngineConfig, read_deepspeed_config, resolve
 
 ZERO_DIR = Path(__file__).parents[1] / "launch" / "zero"

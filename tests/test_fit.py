@@ -9,12 +9,13 @@ from typing import Literal
 import pytest
 import torch
 
-from fcn_dist.config import Recipe, load_recipe
+from fcn_dist.config import Recipe
 from fcn_dist.errors import UserError
 from fcn_dist.model import freememory
 from fcn_dist.model.fcn import FCN
 from fcn_dist.model.freememory import control_groups_leave, free_memory
 from fcn_dist.ranks import Rank
+from fcn_dist.recipefile import load_recipe
 from fcn_dist.training import fit as fitting
 from fcn_dist.training.deepspeed_config import DEFAULT, EngineConfig, resolve
 from fcn_dist.training.fit import RESERVE, USABLE, at_most, fit, plan_within

@@ -4,9 +4,9 @@ import pytest
 import torch
 from planning_rank import most_held
 
-from fcn_dist.config import load_recipe
 from fcn_dist.model.fcn import FCN
 from fcn_dist.model.loss import summed_cross_entropy
+from fcn_dist.recipefile import load_recipe
 from fcn_dist.training.footprint import footprint, without_content
 from fcn_dist.training.memoryplan import Partition, Weights, held
 

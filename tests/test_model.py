@@ -48,7 +48,9 @@ def test_any_image_size_gives_scores_of_that_size(variant: str, size: tuple[int,
         assert model(images_of(2, *size), coarse=True).shape == (2, 4, *cells)
 
 
-def written_out(state: dict[str, Tensor], images: Tensor, variant: str, backbone: str, at_once: bool) -> Tensor:
+def written_out(
+    state: dict[str, Tensor], images: Tensor, variant: str, backbone: str, at_once: bool, average: bool = False
+) -> Tensor:
     """The network once more, from the paper: no module of the package takes part. Sides are multiples of 32."""
     x = (images.double() - torch.tensor([123.675, 116.28, 103.53])) / torch.tensor([58.395, 57.12, 57.375])
     x = x.permute(0, 3, 1, 2)
@@ -58,7 +60,7 @@ def written_out(state: dict[str, Tensor], images: Tensor, variant: str, backbone
         if index in CONVOLUTIONS[backbone]:
             x = F.conv2d(x, weights[f"features.{index}.weight"], weights[f"features.{index}.bias"], padding=1).relu()
         elif index in POOLS[backbone]:
-            x = F.max_pool2d(x, 2)
+            x = F.avg_pool2d(x, 2) if average and index < max(POOLS[backbone]) else F.max_pool2d(x, 2)
             pools.append(x)
     x = F.conv2d(x, weights["fc6.weight"], weights["fc6.bias"], padding=3).relu()
     x = F.conv2d(x, weights["fc7.weight"], weights["fc7.bias"]).relu()
@@ -85,6 +87,16 @@ def test_scores_are_those_of_the_network_written_out(variant: str, backbone: str
     with torch.no_grad():
         expected = written_out(dict(model.state_dict()), images, variant, backbone, at_once)
         torch.testing.assert_close(model(images), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backbone", CONVOLUTIONS)
+def test_average_pooling_is_that_of_the_first_four_stages(backbone: str) -> None:
+    model = tiny(3, backbone=backbone, pooling="average").double()
+    images = images_of(2, 64, 96)
+    with torch.no_grad():
+        expected = written_out(dict(model.state_dict()), images, "fcn8s", backbone, False, average=True)
+        torch.testing.assert_close(model(images), expected, rtol=1e-6, atol=1e-6)
+        assert model(images_of(1, 45, 37)).shape == (1, 3, 45, 37)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fcn_dist.model import relupool
-from fcn_dist.model.relupool import pool_with_codes, relu_pool
+from fcn_dist.model.relupool import ReLUAveragePool, pool_with_codes, relu_pool
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -100,3 +100,8 @@ def test_without_a_gradient_nothing_is_held() -> None:
     with torch.no_grad():
         assert relu_pool(x.requires_grad_()).grad_fn is None
     assert torch.equal(relu_pool(x.detach()), relu_pool(x).detach())
+
+
+def test_windows_at_the_border_average_the_cells_there_are() -> None:
+    x = torch.tensor([[1.0, 3, -5], [5, 7, 2], [2, -4, 9]])[None, None]
+    assert ReLUAveragePool()(x).tolist() == [[[[4, 1], [1, 9]]]]

@@ -113,10 +113,45 @@ def test_any_scene_fits_any_crop_and_padding_is_never_a_label(
     assert shown.sum() == window.size[0] * window.size[1] > 0
     assert (image_out[shown] == 200).all() and (image_out[~shown] == 77).all()
     # The crop is filled as far as the scene, at any factor that could have been drawn, reaches.
+    assert config.scale
     for axis, length in enumerate((height, width)):
         least = min(config.crop[axis], max(1, round(length * config.scale[0] - 1)))
         most = min(config.crop[axis], round(length * config.scale[1]) + 1)
         assert least <= window.size[axis] <= most
+
+
+@given(st.integers(1, 150), st.integers(1, 150), st.integers(1, 70), st.integers(1, 70), st.integers(0, 10**6))
+@settings(max_examples=100)
+def test_without_factors_the_crop_shows_all_of_any_scene(
+    height: int, width: int, rows: int, columns: int, position: int
+) -> None:
+    config = DataConfig(crop=(rows, columns), scale=None)
+    window = draw_window(generator(0, position, Purpose.CROP), height, width, config)
+    assert window.source == (slice(0, height), slice(0, width))
+    assert (window.size, window.offset) == ((rows, columns), (0, 0))
+    factor = max(rows / height, columns / width)
+    assert window.reduction == (4 if factor <= 1 / 8 else 2 if factor <= 1 / 4 else 1)
+    image, mask = np.full((height, width, 3), 200, np.uint8), np.zeros((height, width), np.uint8)
+    image_out, mask_out = place(window, image, mask, config.crop)
+    assert (image_out == 200).all() and (mask_out == 0).all()
+
+
+def test_scenes_that_are_squashed_are_mirrored_as_often_as_others() -> None:
+    config = DataConfig(crop=(8, 8), scale=None, flip=0.25)
+    mirrored = [draw_window(generator(0, p, Purpose.CROP), 20, 30, config).mirrored for p in range(2000)]
+    assert 0.2 < np.mean(mirrored) < 0.3
+
+
+def test_the_nearest_pixel_is_one_of_the_image_as_it_is() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (90, 70, 3), np.uint8)
+    mask = np.zeros((90, 70), np.uint8)
+    for config in (DataConfig(crop=(10, 9), scale=None, interpolation="nearest"), DataConfig(crop=(10, 9), scale=None)):
+        window = draw_window(generator(0, 0, Purpose.CROP), 90, 70, config)
+        out, mask_out = np.zeros((10, 9, 3), np.uint8), np.zeros((10, 9), np.uint8)
+        crop_into(window, shrunk(image, window.reduction), mask, out, mask_out, config.interpolation)
+        known = {tuple(pixel) for pixel in image.reshape(-1, 3).tolist()}
+        picked = sum(tuple(pixel) in known for pixel in out.reshape(-1, 3).tolist())
+        assert (picked == 90) == (config.interpolation == "nearest"), picked
 
 
 def test_factors_are_log_uniform_and_places_reach_both_ends() -> None:

@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from fcn_dist.config import Recipe, load_recipe
+from fcn_dist.config import Recipe
 from fcn_dist.console import console, status_console
 from fcn_dist.errors import UserError
 from fcn_dist.model.fcn import EARLY_STAGES, FCN
 from fcn_dist.ranks import cut_anew
+from fcn_dist.recipefile import load_recipe
 from fcn_dist.sizes import parse_size, show_size
 from fcn_dist.training import scaling
 from fcn_dist.training.deepspeed_config import BUCKET

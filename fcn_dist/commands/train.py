@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from fcn_dist.commands.ranks import among_ranks
-from fcn_dist.config import Recipe, load_recipe, recipe_from_dict
+from fcn_dist.config import Recipe
+from fcn_dist.recipefile import load_recipe, recipe_from_dict
 from fcn_dist.training.deepspeed_config import read_deepspeed_config
 from fcn_dist.training.entry import Start
 from fcn_dist.training.run import RunConfig, train

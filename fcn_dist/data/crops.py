@@ -75,7 +75,8 @@ class CropReader:
             np.copyto(image_out, self._padding)
             target_out[:] = IGNORE_LABEL
         # Labels become targets before they are placed, so padding is ignored whatever the rule.
-        crop_into(window, image, np.asarray(cv2.LUT(mask, self._targets), np.uint8), image_out, target_out)
+        targets = np.asarray(cv2.LUT(mask, self._targets), np.uint8)
+        crop_into(window, image, targets, image_out, target_out, self.config.interpolation)
 
     @cached_property
     def _targets(self) -> NDArray[np.uint8]:

@@ -76,11 +76,13 @@ def draw_window(rng: np.random.Generator, height: int, width: int, config: DataC
     """Resize by a log-uniform factor, then crop at a uniform place; what is smaller than the crop is placed in it.
 
     Some are mirrored then. The first two steps are drawn as one: only the part of the source that the crop shows is
-    ever resized.
+    ever resized. Without a range of factors, the crop shows all of the source, whatever its shape.
     """
+    if config.scale is None:
+        return _squashed(height, width, config, mirrored=bool(rng.random() < config.flip))
     low, high = np.log(config.scale)
     factor = float(np.exp(rng.uniform(low, high)))
-    reduction = max(r for r in REDUCED if r == 1 or r * factor * _SHRINKS_AFTER <= 1)
+    reduction = _reduction(factor, config)
     axes = [
         _draw_axis(rng, length, factor, crop, reduction)
         for length, crop in zip((height, width), config.crop, strict=True)
@@ -88,6 +90,18 @@ def draw_window(rng: np.random.Generator, height: int, width: int, config: DataC
     (rows, out_height, top), (columns, out_width, left) = axes
     mirrored = bool(rng.random() < config.flip)
     return CropWindow((rows, columns), (out_height, out_width), (top, left), mirrored, reduction)
+
+
+def _squashed(height: int, width: int, config: DataConfig, mirrored: bool) -> CropWindow:
+    reduction = _reduction(max(config.crop[0] / height, config.crop[1] / width), config)
+    return CropWindow((slice(0, height), slice(0, width)), config.crop, (0, 0), mirrored, reduction)
+
+
+def _reduction(factor: float, config: DataConfig) -> int:
+    """At which the decoder may shrink an image that is resized by `factor`."""
+    if config.interpolation == "nearest":  # picks pixels of the image as it is
+        return 1
+    return max(r for r in REDUCED if r == 1 or r * factor * _SHRINKS_AFTER <= 1)
 
 
 def _draw_axis(
@@ -105,7 +119,14 @@ def _draw_axis(
     return slice(first, last), shown, offset
 
 
-def crop_into(window: CropWindow, image: Pixels, mask: Pixels, image_out: Pixels, mask_out: Pixels) -> None:
+def crop_into(
+    window: CropWindow,
+    image: Pixels,
+    mask: Pixels,
+    image_out: Pixels,
+    mask_out: Pixels,
+    interpolation: str = "bilinear",
+) -> None:
     """Write the window into arrays of the crop's size, which hold the padding already.
 
     `image` is decoded at 1/`window.reduction`, `mask` at its full size.
@@ -115,8 +136,10 @@ def crop_into(window: CropWindow, image: Pixels, mask: Pixels, image_out: Pixels
     part = image[window.reduced_source]
     # From half the size on, bilinear interpolation still reads every pixel, at a quarter of the time of an average.
     averages = 2 * height < part.shape[0] or 2 * width < part.shape[1]
-    interpolation = cv2.INTER_AREA if averages else cv2.INTER_LINEAR
-    cv2.resize(part, (width, height), image_out[top : top + height, left : left + width], interpolation=interpolation)
+    how = cv2.INTER_AREA if averages else cv2.INTER_LINEAR
+    if interpolation == "nearest":
+        how = cv2.INTER_NEAREST_EXACT
+    cv2.resize(part, (width, height), image_out[top : top + height, left : left + width], interpolation=how)
     # The "exact" form samples at pixel centres, as the image's interpolation does; the plain one is half a pixel off.
     mask_out[top : top + height, left : left + width] = cv2.resize(
         mask[window.source], (width, height), interpolation=cv2.INTER_NEAREST_EXACT

@@ -20,7 +20,7 @@ from fcn_dist.model.batchnorm import BatchNorm2d
 from fcn_dist.model.dropout import drawn_keys, relu_dropout
 from fcn_dist.model.preprocess import TORCHVISION, Preprocessing, normalise
 from fcn_dist.model.recompute import recomputed
-from fcn_dist.model.relupool import ReLUPool
+from fcn_dist.model.relupool import POOLS, ReLUAveragePool, ReLUPool
 from fcn_dist.model.upsampling import upsample
 
 # Convolutions and their channels in each of the five stages (Simonyan & Zisserman 2015, table 1, D and E).
@@ -63,7 +63,8 @@ class FCN(nn.Module):
         self.offset = reference.pixels_before(self.stride) if self.is_reference else 0
         channels = [scaled(c, config.width) for c in STAGE_CHANNELS]
         head = config.head_width or scaled(HEAD_CHANNELS, config.width)
-        self.features = build_trunk(config.backbone, channels, reference.PADDING if self.is_reference else 1)
+        padding = reference.PADDING if self.is_reference else 1
+        self.features = build_trunk(config.backbone, channels, padding, config.pooling)
         self.fc6 = nn.Conv2d(channels[4], head, 7, padding=0 if self.is_reference else 3)
         self.fc7 = nn.Conv2d(head, head, 1)
         self.score_fr = nn.Conv2d(head, num_outputs, 1)
@@ -135,7 +136,7 @@ class FCN(nn.Module):
         stages: list[list[nn.Module]] = [[]]
         for layer in self.features:
             stages[-1].append(layer)
-            if isinstance(layer, ReLUPool):
+            if isinstance(layer, POOLS):
                 stages.append([])
         return stages[:-1]
 
@@ -209,7 +210,7 @@ class Score(nn.Conv2d):
         return torch.add(self.bias[:, None, None], F.conv2d(x_BChw, self.weight), alpha=self.scale)
 
 
-def build_trunk(backbone: str, channels: Sequence[int], padding: int) -> nn.Sequential:
+def build_trunk(backbone: str, channels: Sequence[int], padding: int, pooling: str) -> nn.Sequential:
     """The convolutions of VGG, their layers numbered as torchvision numbers them.
 
     The first convolution pads by `padding` pixels, the others by one cell. Convolutions keep their bias before batch
@@ -217,7 +218,8 @@ def build_trunk(backbone: str, channels: Sequence[int], padding: int) -> nn.Sequ
     """
     layers: list[nn.Module] = []
     previous = 3
-    for count, width in zip(STAGE_CONVOLUTIONS[backbone.removesuffix(BATCH_NORM)], channels, strict=True):
+    counts = STAGE_CONVOLUTIONS[backbone.removesuffix(BATCH_NORM)]
+    for stage, (count, width) in enumerate(zip(counts, channels, strict=True), 1):
         for _ in range(count):
             layers.append(nn.Conv2d(previous, width, 3, padding=1 if layers else padding))
             if backbone.endswith(BATCH_NORM):
@@ -225,7 +227,7 @@ def build_trunk(backbone: str, channels: Sequence[int], padding: int) -> nn.Sequ
             layers.append(nn.ReLU(inplace=True))
             previous = width
         layers[-1] = nn.Identity()
-        layers.append(ReLUPool())
+        layers.append(ReLUAveragePool() if pooling == "average" and stage < len(counts) else ReLUPool())
     return nn.Sequential(*layers)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from fcn_dist.model import reference
 from fcn_dist.model.batchnorm import BatchNorm2d
 from fcn_dist.model.fcn import FCN
-from fcn_dist.model.relupool import ReLUPool
+from fcn_dist.model.relupool import POOLS
 
 
 class Use(NamedTuple):
@@ -40,7 +40,7 @@ def convolutions(model: FCN, size: tuple[int, int]) -> Iterator[Use]:
     height, width, trained = size[0] + wider, size[1] + wider, False
     pools = []
     for layer in model.features:
-        if isinstance(layer, ReLUPool):
+        if isinstance(layer, POOLS):
             height, width = (height + 1) // 2, (width + 1) // 2  # rounds up
             pools.append((height * width, trained))
         elif isinstance(layer, nn.Conv2d):

@@ -30,6 +30,17 @@ class ReLUPool(nn.Module):
         return relu_pool(x_BCHW)
 
 
+class ReLUAveragePool(nn.Module):
+    """ReLU and average pooling in the same place; windows at the border average the cells there are."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """(B, C, ceil(H / 2), ceil(W / 2))."""
+        return F.avg_pool2d(F.relu(x_BCHW), 2, ceil_mode=True, count_include_pad=False)
+
+
+POOLS = (ReLUPool, ReLUAveragePool)
+
+
 def relu_pool(x_BCHW: Tensor) -> Tensor:
     """`max_pool2d(relu(x), 2, ceil_mode=True)`."""
     if not (torch.is_grad_enabled() and x_BCHW.requires_grad):

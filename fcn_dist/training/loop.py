@@ -85,7 +85,8 @@ def accumulate(
 ) -> None:
     """Train this rank's micro-batches of one step, whose global batch has so many labelled pixels."""
     # DeepSpeed averages over ranks and accumulation; the loss is a sum over labelled pixels of all of them.
-    scale = job.rank.world_size * len(micro_batches) / labelled
+    divisor = labelled if job.recipe.train.loss == "mean" else job.config.plan.global_batch
+    scale = job.rank.world_size * len(micro_batches) / divisor
     for batch in micro_batches:
         clock.enter(Phase.FORWARD)
         images, targets = to_device(batch, job.recipe.data, job.recipe.train.seed, job.device)

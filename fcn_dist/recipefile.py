@@ -1,0 +1,90 @@
+"""YAML and `--set KEY=VALUE` in, a recipe out; what is wrong is named with its key and place."""
+
+import copy
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from fcn_dist.config import Recipe
+from fcn_dist.errors import UserError
+
+
+def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file (defaults if None) with `KEY=VALUE` overrides applied, later ones winning.
+
+    Raises UserError naming the key that is unknown or has a value of the wrong kind, and where it stands.
+    """
+    import yaml
+
+    if path is None:
+        return recipe_from_dict({}, "the recipe", overrides)
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise UserError(f"recipe {path} cannot be read ({error.strerror}); give --recipe a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} is not YAML: {error}") from error
+    return recipe_from_dict(tree, str(path), overrides)
+
+
+def recipe_from_dict(tree: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Build and check a recipe; `where` names its origin in errors, the rest as `load_recipe`."""
+    from jsonargparse import ArgumentParser
+
+    _refuse_unknown(tree, Recipe, "", where)
+    tree = copy.deepcopy(tree)
+    for override in overrides:
+        _override(tree, override)
+    schedule = tree.get("schedule", {})
+    if schedule.get("epochs") is None and schedule.get("steps") is None:
+        tree = {**tree, "schedule": {**schedule, "steps": 1000}}
+    elif "steps" not in schedule:
+        # jsonargparse fills in the default of the whole section, which counts in steps.
+        tree = {**tree, "schedule": {**schedule, "steps": None}}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Recipe, None)
+    try:
+        values = parser.instantiate(parser.parse_object(tree))
+    except Exception as error:  # jsonargparse raises several kinds, of which argparse's is only the commonest
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise UserError(f"{where}: {' '.join(str(error).split())}") from error
+    return Recipe(**{f.name: values[f.name] for f in fields(Recipe)})
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    import yaml
+
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"--set {override} has no '='; KEY=VALUE is needed, such as --set checkpoint.every=500")
+    try:
+        _set(tree, key.strip().split("."), yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is not YAML: {error}") from error
+    _refuse_unknown(tree, Recipe, "", f"--set {override}")
+
+
+def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    *sections, name = path
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"--set {'.'.join(path)}: {section!r} is a value, not a section; check the key")
+    tree[name] = value
+
+
+def _refuse_unknown(tree: Any, section: Any, prefix: str, where: str) -> None:
+    """Raise UserError for the first key of `tree` that dataclass `section` does not have."""
+    if not isinstance(tree, dict):
+        raise UserError(f"{where}: {prefix.rstrip('.') or 'the recipe'} is {tree!r}; a section of keys is needed")
+    known = {f.name: f.type for f in fields(section)}
+    for key, value in tree.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known are {', '.join(known)}"
+            raise UserError(f"{where}: unknown recipe key {prefix}{key}; {hint}")
+        if is_dataclass(known[key]):
+            _refuse_unknown(value, known[key], f"{prefix}{key}.", where)
