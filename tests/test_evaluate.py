@@ -1,5 +1,7 @@
 """Evaluation on one process, against a plain loop over the scenes folder: full scores, softmax, argmax, counting."""
 
+import csv
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,17 @@ import torch
 from colour_scenes import NUM_CLASSES, write_colour_scenes
 from torch import nn
 
+from fcn_dist.commands.entry import run_script
 from fcn_dist.config import ModelConfig
 from fcn_dist.data.packing.run import pack
 from fcn_dist.data.shard import DamagedSample
 from fcn_dist.data.shardset import ShardSet
+from fcn_dist.data.transforms import decode
+from fcn_dist.deploy.modelfile import write_model_file
 from fcn_dist.errors import EarlyEnd, UserError
+from fcn_dist.model.description import ModelDescription
 from fcn_dist.model.fcn import FCN
+from fcn_dist.model.views import Views
 from fcn_dist.ranks import Rank
 from fcn_dist.scoring.evaluate import check_classes, evaluate, rounds
 
@@ -83,6 +90,66 @@ def test_scores_are_those_of_a_plain_loop_over_the_scenes(
     assert sum(told) == COUNT and result.num_samples == COUNT and result.split == "validation"
     if score_other:
         assert result.paper.pixel_accuracy == pytest.approx(np.trace(expected) / expected.sum())
+
+
+def test_several_looks_are_scored_as_their_mean_at_full_size(scenes: Path, shard_set: ShardSet) -> None:
+    model = network(NUM_CLASSES)
+    found = evaluate(model, shard_set, views=Views(flip=True))
+
+    class Mean(nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            mirrored = model(image.flip(2)).flip(3)
+            return torch.log((model(image).softmax(1) + mirrored.softmax(1)) / 2)
+
+    model.eval()
+    expected = plain_loop(Mean(), scenes, score_other=False)  # type: ignore[arg-type]
+    # Of two outputs as good as equal, either is right; few pixels have any.
+    assert np.abs(found.confusion - expected).sum() <= 0.001 * expected.sum()
+    assert found.confusion.tolist() != evaluate(model, shard_set).confusion.tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_limit_scores_the_first_samples_and_says_so(shard_set: ShardSet, workers: int) -> None:
+    model, seen = network(NUM_CLASSES), []
+
+    def forward(images: torch.Tensor, coarse: bool) -> torch.Tensor:
+        seen.append(images)
+        scores: torch.Tensor = model(images, coarse=coarse)
+        return scores
+
+    result = evaluate(model, shard_set, forward=forward, workers=workers, limit=4)
+    assert (result.num_samples, result.set_size) == (4, COUNT) and result.summary()["set_size"] == COUNT
+    first = [torch.from_numpy(decode(shard_set.read(index))[0])[None] for index in range(4)]
+    found = sorted(seen, key=lambda image: image.sum())
+    wanted = sorted(first, key=lambda image: image.sum())
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    of_ranks = [list(rounds(shard_set, Rank(index, 3), 0, [], limit=4)) for index in range(3)]
+    assert [[scene is not None for scene in one] for one in of_ranks] == [[True, True], [True, False], [True, False]]
+    assert evaluate(model, shard_set, limit=99).num_samples == COUNT
+
+
+def test_the_command_says_what_it_left_out_and_writes_the_matrix(
+    shard_set: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preprocessing = network(NUM_CLASSES).preprocessing
+    description = ModelDescription(
+        network(NUM_CLASSES).config, preprocessing, shard_set.classes, shard_set.colours, score_other=False
+    )
+    write_model_file(tmp_path / "m.safetensors", network(NUM_CLASSES).state_dict(), description, {})
+    outputs = {"--json": tmp_path / "s.json", "--confusion": tmp_path / "c.csv", "--sheet": tmp_path / "s.png"}
+    shards = Path(shard_set.location).parent
+    command = ["--model", str(tmp_path / "m.safetensors"), "--shards", str(shards), "--limit", "4", "--flip"]
+    command += ["--scales", "1", "1.5", "--window", "40"]
+    command += [word for name, path in outputs.items() for word in (name, str(path))]
+    assert run_script("evaluate", command) == 0
+    assert "on the first 4 of 6 validation samples" in capsys.readouterr().out.replace("\n", " ")
+    scores = json.loads((tmp_path / "s.json").read_text())
+    assert (scores["num_samples"], scores["set_size"]) == (4, COUNT)
+    head, *rows = list(csv.reader((tmp_path / "c.csv").open()))
+    assert head == ["truth", "other", *shard_set.classes] and [row[0] for row in rows] == head[1:]
+    assert [[int(cell) for cell in row[1:]] for row in rows] == scores["confusion"]
+    assert (tmp_path / "s.png").stat().st_size > 0
+    assert run_script("evaluate", [*command[:4], "--limit", "0"]) == 2
 
 
 @pytest.mark.parametrize("training", [True, False])

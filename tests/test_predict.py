@@ -19,6 +19,7 @@ from fcn_dist.deploy.imagefiles import read_rgb
 from fcn_dist.deploy.modelfile import write_model_file
 from fcn_dist.deploy.predict import Predictor
 from fcn_dist.errors import UserError
+from fcn_dist.model.views import Views
 
 ORIENTATION = 0x0112  # the EXIF tag
 
@@ -124,6 +125,18 @@ def test_bfloat16_is_taken_where_the_cpu_multiplies_it(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {flag: True})
     assert Predictor.from_file(model, "cpu").precision == precision
+
+
+def test_several_looks_give_labels_with_their_probability(model: Path, predictor: Predictor) -> None:
+    image = pixels(60, 90)
+    labels, confidence = predictor.predict_with_confidence(image)
+    assert (labels == predictor.predict(image)).mean() > 0.99
+    wanted = torch.from_numpy(predictor.scores(image)).softmax(0).amax(0).numpy()
+    assert np.allclose(confidence, wanted, atol=1e-4) and confidence.dtype == np.float32
+    several = Predictor.from_file(model, "cpu", "float32", Views(flip=True, scales=(1.0, 0.5)))
+    mirrored = np.ascontiguousarray(image[:, ::-1])
+    assert (several.predict(image) == several.predict(mirrored)[:, ::-1]).mean() > 0.99
+    assert (several.predict(image) != labels).any()
 
 
 def test_a_precision_that_is_none_is_named(model: Path) -> None:

@@ -147,7 +147,7 @@ def test_every_folder_of_the_package_is_a_room() -> None:
 
 
 # No command itself, but what several of them need.
-COMMANDS_SHARE = {"fcn_dist.commands.ranks"}
+COMMANDS_SHARE = {"fcn_dist.commands.ranks", "fcn_dist.commands.views"}
 
 
 def test_commands_are_imported_by_scripts_alone() -> None:

@@ -1,6 +1,8 @@
 """`deepspeed launch/evaluate.py (--run RUN [--step N] | --model FILE) --shards OUT`: exact scores on any ranks."""
 
 import argparse
+import csv
+import io
 import json
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from rich.table import Table
 from fcn_dist.checkpoints.consolidate import consolidate
 from fcn_dist.checkpoints.store import DEEPSPEED_TAG, open_checkpoint
 from fcn_dist.commands.ranks import among_ranks
+from fcn_dist.commands.views import add_views, views_of
 from fcn_dist.console import console, status_console
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.transforms import decode
@@ -22,10 +25,10 @@ from fcn_dist.files import write_text
 from fcn_dist.model.description import ModelDescription
 from fcn_dist.model.devices import keep_freed_memory
 from fcn_dist.model.fcn import FCN, torch_dtype
-from fcn_dist.model.upsampling import argmax_upsampled
+from fcn_dist.model.views import Views
 from fcn_dist.progress import count_progress
 from fcn_dist.ranks import Rank, cores_of
-from fcn_dist.scoring.evaluate import check_classes, evaluate, scores_other
+from fcn_dist.scoring.evaluate import best_outputs, check_classes, evaluate, scored, scores_other
 from fcn_dist.scoring.metrics import Scores
 
 SHEET_SCENES = 6
@@ -47,15 +50,21 @@ def main(argv: list[str]) -> None:
         help="of the network's arithmetic (default: %(default)s)",
     )
     parser.add_argument("--workers", type=int, default=1, help="loader processes a rank")
+    add_views(parser)
+    parser.add_argument("--limit", type=int, metavar="N", help="score the first N samples alone, and say so")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write scores, classes and confusion matrix")
+    parser.add_argument("--confusion", type=Path, metavar="CSV", help="write the confusion matrix, rows truth")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw image, truth and prediction of some scenes")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     options = parser.parse_args(argv)
-    for path in filter(None, (options.json, options.sheet)):
+    if options.limit is not None and options.limit < 1:
+        raise UserError(f"--limit is {options.limit}; 1 sample or more is needed")
+    for path in filter(None, (options.json, options.confusion, options.sheet)):
         if not path.parent.is_dir():
             raise UserError(
                 f"{path} cannot be written: there is no folder {path.parent}; make it, or give another path"
             )
+    views = views_of(options)
     shard_set = ShardSet.open(options.shards, options.split)
     rank = Rank.from_environment()
     model, name = load(options, shard_set)
@@ -66,12 +75,14 @@ def main(argv: list[str]) -> None:
         if torch.cuda.is_available():
             model.to(torch.device("cuda", rank.local))
         with count_progress(shown) as progress:
-            task = progress.add_task(options.split, total=len(shard_set))
+            task = progress.add_task(options.split, total=scored(shard_set, options.limit))
             scores = evaluate(
                 model,
                 shard_set,
                 rank=rank,
                 workers=options.workers,
+                views=views,
+                limit=options.limit,
                 # Rank 0 sees its own share alone; the others are as far, give or take a sample.
                 advance=lambda samples: progress.advance(task, samples * rank.world_size),
             )
@@ -79,8 +90,10 @@ def main(argv: list[str]) -> None:
         report(scores, name)
         if options.json:
             write_text(options.json, json.dumps({"model": name, **scores.as_dict()}) + "\n")
+        if options.confusion:
+            write_text(options.confusion, confusion_csv(scores))
         if options.sheet:
-            draw_sheet(model, shard_set, options.sheet)
+            draw_sheet(model, shard_set, options.sheet, views)
             console.print(f"sheet: {options.sheet}")
 
 
@@ -113,7 +126,18 @@ def start_ranks(rank: Rank) -> None:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
-def draw_sheet(model: FCN, shard_set: ShardSet, path: Path) -> None:
+def confusion_csv(scores: Scores) -> str:
+    """A row a truth, a column a prediction, in pixels; label 0 is "other"."""
+    out = io.StringIO()
+    names = ["other", *(row.name for row in scores.classes)]
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["truth", *names])
+    for name, counts in zip(names, scores.confusion.tolist(), strict=True):
+        writer.writerow([name, *counts])
+    return out.getvalue()
+
+
+def draw_sheet(model: FCN, shard_set: ShardSet, path: Path, views: Views) -> None:
     """Write a picture of image, truth and prediction for scenes spread evenly over the set."""
     table = np.frombuffer(shard_set.label_rule(scores_other(model, shard_set)).label_table, np.uint8)
     device = model.score_fr.weight.device
@@ -123,15 +147,18 @@ def draw_sheet(model: FCN, shard_set: ShardSet, path: Path) -> None:
         sample = shard_set.read(int(index))
         image, truth = decode(sample)
         with torch.inference_mode():
-            coarse = model(torch.from_numpy(image)[None].to(device), coarse=True)
-            outputs = argmax_upsampled(coarse, (truth.shape[0], truth.shape[1]), model.stride, model.offset)
-        rows.append(Row(image, truth, table[outputs[0].cpu().numpy()], sample.key))
+            size = (truth.shape[0], truth.shape[1])
+            outputs = best_outputs(model, model, torch.from_numpy(image)[None].to(device), size, views)
+        rows.append(Row(image, truth, table[outputs.cpu().numpy()], sample.key))
     write_png(path, sheet(rows, shard_set.classes, distinct(shard_set.colours)))
 
 
 def report(scores: Scores, name: str) -> None:
     """Headline figures and a table of classes, best first."""
-    console.print(f"{name} on {scores.num_samples} {scores.split} samples")
+    count = f"{scores.num_samples}"
+    if scores.num_samples < scores.set_size:
+        count = f"the first {scores.num_samples} of {scores.set_size}"
+    console.print(f"{name} on {count} {scores.split} samples")
     official, paper = scores.official, scores.paper
     table = Table(title="scores, per cent")
     for column, justify in (("family", "left"), ("figure", "left"), ("value", "right")):

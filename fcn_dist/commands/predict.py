@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.table import Table
 
+from fcn_dist.commands.views import add_views, views_of
 from fcn_dist.console import console
 from fcn_dist.deploy.imagefiles import SUFFIXES, Job, plan, read_rgb
 from fcn_dist.deploy.pictures import distinct, picture_with_legend, short_name, write_png
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     keep_freed_memory()
     jobs = plan(options.inputs, options.output, options.overwrite)
-    predictor = Predictor.from_file(options.model, options.device, options.precision)
+    predictor = Predictor.from_file(options.model, options.device, options.precision, views_of(options))
     outcome = _label_all(jobs, predictor)
     _print_summary(outcome, predictor, options.output)
     if options.json:
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--precision", choices=PRECISIONS, default=AUTO, help="default: bfloat16 where the device multiplies it")
     add("--overwrite", action="store_true", help="replace outputs that are there already")
     add("--json", type=Path, metavar="PATH", help="also write the figures of all images to one file")
+    add_views(parser)
     return parser
 
 

@@ -115,12 +115,16 @@ def build_loader(
         yield Batch(images, targets, *filled[2:])
 
 
-def build_scene_loader(shard_set: ShardSet, rank: Rank, workers: int) -> Iterator[Scene]:
-    """Every world_size-th sample of the set, from sample `rank.index` on, each once and at its own size."""
+def build_scene_loader(shard_set: ShardSet, rank: Rank, workers: int, limit: int | None = None) -> Iterator[Scene]:
+    """Every world_size-th sample of the set, or of its first `limit`, each once and at its own size.
+
+    A rank begins with sample `rank.index`.
+    """
+    samples = len(shard_set) if limit is None else min(limit, len(shard_set))
 
     def indices() -> Iterator[int]:
         worker, count = _worker()
-        yield from range(rank.index + worker * rank.world_size, len(shard_set), count * rank.world_size)
+        yield from range(rank.index + worker * rank.world_size, samples, count * rank.world_size)
 
     def load(samples: Iterable[int]) -> Iterator[Scene]:
         ahead = read_ahead(shard_set, (np.array([index]) for index in indices()), SHARDS_AHEAD)
@@ -131,7 +135,7 @@ def build_scene_loader(shard_set: ShardSet, rank: Rank, workers: int) -> Iterato
             image, mask = read_arrays(shard_set, shard, record)
             yield Scene(member_key(record), torch.from_numpy(image)[None], torch.from_numpy(mask))
 
-    share = math.ceil((len(shard_set) - rank.index) / rank.world_size)
+    share = math.ceil((samples - rank.index) / rank.world_size)
     return _run(wds.DataPipeline(indices, load, _errors_as_items), min(workers, max(share, 0)))
 
 

@@ -16,6 +16,7 @@ from fcn_dist.errors import UserError
 from fcn_dist.model.devices import multiplies_bfloat16
 from fcn_dist.model.fcn import FCN, torch_dtype
 from fcn_dist.model.upsampling import argmax_upsampled, upsample
+from fcn_dist.model.views import Views, label_views
 
 AUTO = "auto"
 PRECISIONS = (AUTO, "float32", "bfloat16", "float16")
@@ -24,23 +25,28 @@ PRECISIONS = (AUTO, "float32", "bfloat16", "float16")
 class Predictor:
     """A loaded network: load once, predict many. Make one with `Predictor.from_file`."""
 
-    def __init__(self, model: FCN, info: ModelFileInfo, device: torch.device, precision: str) -> None:
+    def __init__(self, model: FCN, info: ModelFileInfo, device: torch.device, precision: str, views: Views) -> None:
         self.info = info
         self.device = device
         self.precision = precision
+        self.views = views
         self._model = model.to(device, torch_dtype(precision))
         table = np.frombuffer(info.description.label_rule.label_table, dtype=np.uint8)
         self._labels: NDArray[np.uint8] = table
 
     @classmethod
     def from_file(
-        cls, path: str | Path, device: str | torch.device | None = None, precision: str = AUTO
+        cls,
+        path: str | Path,
+        device: str | torch.device | None = None,
+        precision: str = AUTO,
+        views: Views = Views(),  # noqa: B008 - frozen
     ) -> "Predictor":
         """Read a model file; `device` as torch names it, by default a GPU if there is one.
 
         The network computes in `precision`: "float32", "bfloat16" or "float16"; "auto" is bfloat16 on devices that
-        multiply it, and float32 on others. Raises UserError if the file is no model file, the device is not there, or
-        the precision none of these.
+        multiply it, and float32 on others. `views` says how `predict` looks at an image. Raises UserError if the file
+        is no model file, the device is not there, or the precision none of these.
         """
         if precision not in PRECISIONS:
             raise UserError(f"precision is {precision!r}; one of {', '.join(PRECISIONS)} is needed")
@@ -48,7 +54,7 @@ class Predictor:
         if precision == AUTO:
             precision = "bfloat16" if multiplies_bfloat16(found) else "float32"
         model, info = read_model_file(Path(path))
-        return cls(model, info, found, precision)
+        return cls(model, info, found, precision, views)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -65,26 +71,41 @@ class Predictor:
 
         Raises ValueError if the image is of another kind. Full-size scores are never held.
         """
-        coarse = self._coarse(image_HW3)
+        if not self.views.plain:
+            return self.predict_with_confidence(image_HW3)[0]
+        coarse = self._coarse(self._checked(image_HW3))
         height, width = image_HW3.shape[:2]
         stride, offset = self._model.stride, self._model.offset
         outputs = argmax_upsampled(coarse, (height, width), stride, offset)[0].cpu().numpy()
         labels: NDArray[np.uint8] = self._labels[outputs]
         return labels
 
+    def predict_with_confidence(self, image_HW3: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """Labels as `predict` gives them, and the probability of each, (H, W) float32; takes longer."""
+        image = self._checked(image_HW3)
+        outputs, found = label_views(self._coarse, image, self.views, self._model.stride, self._model.offset)
+        labels: NDArray[np.uint8] = self._labels[outputs.numpy()]
+        confidence: NDArray[np.float32] = found.numpy()
+        return labels, confidence
+
     def scores(self, image_HW3: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Scores (C, H, W) float32 of an RGB uint8 image: C times the image's size; prefer `predict`.
 
         Output c is label c + 1, or label c if the model also scores label 0. Raises ValueError as `predict` does.
         """
-        coarse = self._coarse(image_HW3)
+        coarse = self._coarse(self._checked(image_HW3))
         height, width = image_HW3.shape[:2]
         scores = upsample(coarse.float(), (height, width), self._model.stride, self._model.offset)
         found: NDArray[np.float32] = scores[0].cpu().numpy()
         return found
 
     @torch.inference_mode()
-    def _coarse(self, image: Any) -> Tensor:
+    def _coarse(self, image_1HW3: Tensor) -> Tensor:
+        coarse: Tensor = self._model(image_1HW3, coarse=True)
+        return coarse
+
+    def _checked(self, image: Any) -> Tensor:
+        """The image on the device, (1, H, W, 3)."""
         if not isinstance(image, np.ndarray):
             raise ValueError(f"the image is a {type(image).__name__}; an RGB array is needed: np.asarray(image)")
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
@@ -93,9 +114,7 @@ class Predictor:
                 'with Pillow, np.asarray(image.convert("RGB"))'
             )
         # A copy: torch takes no arrays that are read-only or run backwards.
-        images = torch.from_numpy(image.copy()).unsqueeze(0).to(self.device)
-        coarse: Tensor = self._model(images, coarse=True)
-        return coarse
+        return torch.from_numpy(image.copy()).unsqueeze(0).to(self.device)
 
 
 def _device(name: str | torch.device | None) -> torch.device:

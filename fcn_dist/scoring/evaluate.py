@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from fcn_dist.data.shardset import ShardSet
 from fcn_dist.errors import EarlyEnd, UserError
 from fcn_dist.model.fcn import FCN
 from fcn_dist.model.upsampling import argmax_upsampled
+from fcn_dist.model.views import Views, label_views
 from fcn_dist.ranks import Rank
 from fcn_dist.scoring.agreement import raise_together
 from fcn_dist.scoring.metrics import ConfusionMatrix, Scores, score
@@ -28,13 +30,16 @@ def evaluate(
     forward: Callable[..., Tensor] | None = None,
     rank: Rank | None = None,
     workers: int = 0,
+    views: Views = Views(),  # noqa: B008 - frozen
+    limit: int | None = None,
     advance: Callable[[int], None] = lambda samples: None,
 ) -> Scores:
-    """Score `model` on every sample at its annotation's own resolution.
+    """Score `model` on every sample, or the first `limit` of the set, at its annotation's own resolution.
 
-    `forward` is called in place of the model itself, for engines that wrap it. With `rank` of more than one
-    process, torch.distributed must be initialised; all ranks return the same scores. `advance` is told of
-    finished samples.
+    With `views`, labels are those of several looks at each image, whose number may differ between ranks: not under
+    ZeRO-3, where each takes part in all of them. `forward` is called in place of the model itself, for engines that
+    wrap it. With `rank` of more than one process, torch.distributed must be initialised; all ranks return the same
+    scores. `advance` is told of finished samples.
 
     Raises UserError, on all ranks alike, if the set's classes do not fit the network's outputs, or a sample is damaged:
     a score of fewer samples would be another score. EarlyEnd, likewise, if a loader process was killed.
@@ -51,39 +56,52 @@ def evaluate(
     try:
         # Not inference_mode: ZeRO-3 gathers weights into tensors that the next training step uses again.
         with torch.no_grad():
-            for scene in rounds(shard_set, rank, workers, failures):
+            for scene in rounds(shard_set, rank, workers, failures, limit):
                 if scene is None:
                     spare = torch.zeros(1, SPARE_IMAGE_SIZE, SPARE_IMAGE_SIZE, 3, dtype=torch.uint8, device=device)
                     forward(spare, coarse=True)
                     continue
-                coarse = forward(scene.image.to(device), coarse=True)
                 size = (scene.labels.shape[0], scene.labels.shape[1])
-                outputs = argmax_upsampled(coarse, size, model.stride, model.offset)
-                matrix.update(scene.labels.numpy(), label_table[outputs[0].cpu().numpy()])
+                outputs = best_outputs(model, forward, scene.image.to(device), size, views)
+                matrix.update(scene.labels.numpy(), label_table[outputs.cpu().numpy()])
                 advance(1)
     finally:
         model.train(was_training)
     raise_together(failures[0] if failures else None, rank)
     _sum_over_ranks(matrix, rank, device)
-    return score(matrix, shard_set.classes, shard_set.split, len(shard_set), score_other)
+    return score(matrix, shard_set.classes, shard_set.split, scored(shard_set, limit), len(shard_set), score_other)
+
+
+def scored(shard_set: ShardSet, limit: int | None) -> int:
+    """How many samples are."""
+    return len(shard_set) if limit is None else min(limit, len(shard_set))
+
+
+def best_outputs(
+    model: FCN, forward: Callable[..., Tensor], image_1HW3: Tensor, size: tuple[int, int], views: Views
+) -> Tensor:
+    """The output that wins at each pixel, (H, W) uint8."""
+    if views.plain:
+        return argmax_upsampled(forward(image_1HW3, coarse=True), size, model.stride, model.offset)[0]
+    return label_views(partial(forward, coarse=True), image_1HW3, views, model.stride, model.offset)[0]
 
 
 def rounds(
-    shard_set: ShardSet, rank: Rank, workers: int, failures: list[UserError | EarlyEnd]
+    shard_set: ShardSet, rank: Rank, workers: int, failures: list[UserError | EarlyEnd], limit: int | None = None
 ) -> Iterator[Scene | None]:
-    """This rank's scenes, then None until every rank has had equally many.
+    """This rank's scenes, of the set's first `limit`, then None until every rank has had equally many.
 
     Under ZeRO-3 each forward gathers weights from all ranks: a rank that stopped early would leave the others
     waiting for ever. So an error of the loader is put into `failures`, and the rounds go on.
     """
-    count = 0
+    count, samples = 0, scored(shard_set, limit)
     try:
-        for scene in build_scene_loader(shard_set, rank, workers):
+        for scene in build_scene_loader(shard_set, rank, workers, limit):
             yield scene
             count += 1
     except (UserError, EarlyEnd) as error:
         failures.append(error)
-    for _ in range(count, math.ceil(len(shard_set) / rank.world_size)):
+    for _ in range(count, math.ceil(samples / rank.world_size)):
         yield None
 
 

@@ -75,7 +75,8 @@ class Scores:
     """How good predictions on a shard set are."""
 
     split: str
-    num_samples: int
+    num_samples: int  # that were scored
+    set_size: int  # samples of the split
     official: OfficialScores
     paper: PaperScores
     classes: tuple[ClassScore, ...]
@@ -86,6 +87,7 @@ class Scores:
         return {
             "split": self.split,
             "num_samples": self.num_samples,
+            "set_size": self.set_size,
             "official": vars(self.official),
             "paper": vars(self.paper),
         }
@@ -99,12 +101,15 @@ class Scores:
         }
 
 
-def score(matrix: ConfusionMatrix, names: tuple[str, ...], split: str, num_samples: int, score_other: bool) -> Scores:
+def score(
+    matrix: ConfusionMatrix, names: tuple[str, ...], split: str, num_samples: int, set_size: int, score_other: bool
+) -> Scores:
     """Both families of scores. `score_other` makes "other" a class of the paper's, as it was one in training."""
     counts = matrix.counts
     return Scores(
         split,
         num_samples,
+        set_size,
         official_scores(counts),
         paper_scores(counts if score_other else _without_other(counts), paper_labels(counts, score_other)),
         tuple(_class_scores(counts, names)),
