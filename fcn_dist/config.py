@@ -21,6 +21,7 @@ class DataConfig:
     scale: tuple[float, float] | None = (0.5, 2.0)  # resize factor, drawn log-uniformly; None: squash all into the crop
     interpolation: Literal["bilinear", "nearest"] = "bilinear"  # of images; bilinear is averaging where it halves
     flip: float = 0.5  # probability of mirroring left to right
+    class_limit: float = 1.0  # of a crop's labelled pixels, that one class may have; else it is drawn again, ten times
     jitter: float = 0.0  # brightness, contrast and saturation are scaled by up to 1 +- this
     score_other: bool = False  # label 0 as an ordinary class, as the TensorFlow FCN had it
     workers: int = 2  # loader processes a rank; 0 loads in the training process
@@ -36,6 +37,7 @@ class DataConfig:
         low, high = self.scale or (1.0, 1.0)
         _check(0 < low <= high < math.inf, "data.scale", self.scale, "two positive factors, low to high, or null")
         _check(0 <= self.flip <= 1, "data.flip", self.flip, "a probability")
+        _check(0 < self.class_limit <= 1, "data.class_limit", self.class_limit, "a share above 0, up to 1")
         _check(0 <= self.jitter < 1, "data.jitter", self.jitter, "a number in [0, 1)")
         _check(self.workers >= 0, "data.workers", self.workers, "0 or more processes")
         _check(self.window is None or self.window >= 1, "data.window", self.window, "1 or more shards, or null")

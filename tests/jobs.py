@@ -137,14 +137,19 @@ def train_command(
     shards: Path, run: Path, *more: str, ranks: int = 0, config: str = "zero1_fp32", script: Path = TRAIN
 ) -> list[str]:
     """`deepspeed --num_gpus RANKS launch/train.py ...`, or without a launcher if `ranks` is 0."""
-    recipe = run.with_name("recipe.json")  # JSON is YAML
-    recipe.write_text(json.dumps(RECIPE))
     python = [sys.executable, "-u"]
     if ranks:
         python += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    return [*python, str(script), *train_arguments(shards, run, *more, config=config)]
+
+
+def train_arguments(shards: Path, run: Path, *more: str, config: str = "zero1_fp32") -> list[str]:
+    """Of launch/train.py, for the small recipe."""
+    recipe = run.with_name("recipe.json")  # JSON is YAML
+    recipe.write_text(json.dumps(RECIPE))
     arguments = ["--shards", str(shards), "--output", str(run), "--recipe", str(recipe)]
     zero = ROOT / "launch" / "zero" / f"{config}.json"
-    return [*python, str(script), *arguments, "--deepspeed_config", str(zero), *more]
+    return [*arguments, "--deepspeed_config", str(zero), *more]
 
 
 def free_port() -> int:

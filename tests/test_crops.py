@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 from colour_scenes import write_colour_scenes
+from conftest import MakeScenes
 from shard_surgery import plant
 
 from fcn_dist.config import DataConfig
@@ -18,6 +19,7 @@ from fcn_dist.data.shard import DamagedSample
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.stream import SampleStream
 from fcn_dist.errors import UserError
+from fcn_dist.labels import IGNORE_LABEL
 from fcn_dist.ranks import BatchPlan
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -201,3 +203,27 @@ def test_an_image_is_never_given_without_its_own_mask(sound: ShardSet, tmp_path:
             assert position in listed or pair == expected[position]
         seen[bool(listed)] += 1
     assert seen[True] > 5  # else no payload was ever hit
+
+
+def test_a_crop_that_one_class_fills_is_drawn_again_alike_on_any_rank(tmp_path: Path, make_scenes: MakeScenes) -> None:
+    """Blocks of six classes, so that small crops often lie in one alone."""
+    (blocks,) = pack(make_scenes(n=8, size=(96, 128)), tmp_path / "blocks", ["training"], workers=1)
+    stream = SampleStream(blocks, SEED)
+    shares: dict[float, list[float]] = {}
+    found: dict[tuple[float, int], dict[int, tuple[bytes, bytes]]] = {}
+    for limit in (1.0, 0.6):
+        for ranks, workers in ((1, 0), (2, 2)):
+            limited = DataConfig(crop=(32, 32), scale=(0.9, 1.1), class_limit=limit, workers=workers)
+            plan = BatchPlan(GLOBAL_BATCH, GLOBAL_BATCH // ranks, 1, ranks)
+            loaders = (build_loader(blocks, stream, plan, limited, rank, range(20)) for rank in range(ranks))
+            found[limit, ranks] = by_position([batch for loader in loaders for batch in loader])
+        assert found[limit, 1] == found[limit, 2]
+        shares[limit] = []
+        for _, target in found[limit, 1].values():
+            labels = np.frombuffer(target, np.uint8)
+            counts = np.bincount(labels[labels != IGNORE_LABEL], minlength=1)
+            shares[limit].append(counts.max() / max(1, counts.sum()))
+    full, mixed = (np.mean([share > 0.65 for share in shares[limit]]) for limit in (1.0, 0.6))
+    assert full > 0.5 and mixed < full / 2
+    same = sum(found[1.0, 1][position] == crop for position, crop in found[0.6, 1].items())
+    assert same == sum(share <= 0.6 for share in shares[1.0]) or same > 10, "crops that are mixed stay as they are"

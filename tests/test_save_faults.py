@@ -4,12 +4,13 @@ import json
 import os
 import random
 import shutil
+import signal
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from jobs import ROOT, RunningJob, journal, running, train_command
+from jobs import ROOT, TRAIN, journal, running, train_arguments, train_command
+from launching import run_ranks
 
 from fcn_dist.checkpoints.store import committed, open_checkpoint, step_of
 from fcn_dist.errors import EXIT_REQUEUE, UserError
@@ -33,6 +34,15 @@ TRIALS = [
 EVERY = ("--set", "checkpoint.every=2", "--set", "checkpoint.keep=2")
 
 
+FAILURE = "could not be written"
+TIME_LIMIT = 200.0  # seconds of a job
+
+
+def train(shards: Path, run: Path, *more: str, config: str = "zero1_fp32", script: Path = TRAIN, code: int = 0) -> str:
+    """Train on two ranks; returns what they print."""
+    return run_ranks(script, train_arguments(shards, run, *more, config=config), 2, run.parent, TIME_LIMIT, code)
+
+
 def losses(run: Path) -> dict[int, float]:
     """By step; of a step that was trained twice, the later."""
     return {line["step"]: line["loss"] for line in journal(run, "train")}
@@ -45,26 +55,20 @@ def test_a_rank_killed_at_any_phase_of_a_save_loses_no_more_than_the_steps_since
     run, found = tmp_path / "run", 0
     for phase, rank, background in TRIALS:
         options = [*EVERY, "--auto-resume", "--set", f"checkpoint.background={str(background).lower()}"]
-        command = train_command(shards, run, *options, ranks=2, config="zero2_fp32", script=KILL)
-        at = command.index(str(KILL)) + 1
-        command[at:at] = [phase, str(rank), "2"]
-        with running(command, run) as job:
-            code = job.ended()
-            assert code != 0, f"{phase}\n{job.output()}"
+        arguments = [phase, str(rank), "2", *train_arguments(shards, run, *options, config="zero2_fp32")]
+        output = run_ranks(KILL, arguments, 2, tmp_path, TIME_LIMIT, code=-signal.SIGKILL)
         checkpoint, damages = open_checkpoint(run)
         # The save before is whole at least, whatever the phase; only what was being removed may be half there.
-        assert checkpoint.state.step >= found + 2, f"{phase} on rank {rank}\n{job.output()}"
+        assert checkpoint.state.step >= found + 2, f"{phase} on rank {rank}\n{output}"
         assert not damages
         found = checkpoint.state.step
     assert len(TRIALS) == 24
 
-    with running(train_command(shards, run, "--resume", "--steps", str(found + 1), ranks=2), run) as job:
-        assert job.ended() == 0, job.output()
+    train(shards, run, "--resume", "--steps", str(found + 1))
     leftovers = [path.name for path in (run / "checkpoints").iterdir() if path.name.endswith(".partial")]
     assert leftovers == []
     undisturbed = tmp_path / "undisturbed"
-    with running(train_command(shards, undisturbed, "--steps", str(found + 1), ranks=2), undisturbed) as job:
-        assert job.ended() == 0, job.output()
+    train(shards, undisturbed, "--steps", str(found + 1))
     assert losses(run) == losses(undisturbed)
 
 
@@ -75,8 +79,7 @@ def test_a_rank_killed_at_any_phase_of_a_save_loses_no_more_than_the_steps_since
 def saved(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with the checkpoints of steps 2 and 4, as two ranks write them."""
     run = tmp_path_factory.mktemp("saved") / "run"
-    with running(train_command(shards, run, *EVERY, "--steps", "4", ranks=2, config="zero2_bf16"), run) as job:
-        assert job.ended() == 0, job.output()
+    train(shards, run, *EVERY, "--steps", "4", config="zero2_bf16")
     return run
 
 
@@ -142,10 +145,9 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_training_goes_on_from_the_
         latest.unlink()
     else:
         latest.write_text({"empty": "", "dangling": "step-00000009\n", "older": "step-00000002\n"}[pointer])
-    with running(train_command(shards, run, "--resume", "--steps", "5", ranks=2, config="zero2_bf16"), run) as job:
-        assert job.ended() == 0, job.output()
-    assert "step-00000004: probe.safetensors differs from its SHA-256" in job.output()
-    assert "continuing after step 2" in job.output()
+    output = train(shards, run, "--resume", "--steps", "5", config="zero2_bf16")
+    assert "step-00000004: probe.safetensors differs from its SHA-256" in output
+    assert "continuing after step 2" in output
     assert [step_of(folder) for folder in committed(run)] == [5, 2]
     assert (run / "checkpoints" / "damaged-step-00000004").is_dir()
     assert latest.read_text() == "step-00000005\n"
@@ -159,17 +161,12 @@ def test_auto_resume_never_begins_anew_where_checkpoints_have_been(saved: Path, 
     shutil.copytree(saved, run)
     for folder in committed(run):
         shutil.rmtree(folder)
-    with running(train_command(shards, run, "--auto-resume", config="zero2_bf16"), run) as job:
-        assert job.ended() == 2
-    assert "has no checkpoint any more, and it had" in job.output()
+    output = train(shards, run, "--auto-resume", config="zero2_bf16", code=2)
+    assert "has no checkpoint any more, and it had" in output
     assert losses(run) == losses(saved), "nothing is lost"
 
 
 # ---- disks without room ----------------------------------------------------------------------------------------
-
-
-def failures(job: RunningJob) -> int:
-    return job.output().count("could not be written")
 
 
 @pytest.mark.slow
@@ -180,14 +177,13 @@ def test_a_full_disk_is_borne_for_some_saves_and_then_ends_the_run_with_its_path
     run = small_disk(4000) / "run"  # room for one checkpoint of the tiny network, not for two
     more = ["--set", "checkpoint.every=2", "--set", "checkpoint.max_failures=2"]
     more += ["--set", f"checkpoint.background={background}", "--set", "model.head_width=64"]
-    with running(train_command(shards, run, *more, ranks=2, config="zero2_fp32"), tmp_path / "run") as job:
-        job = replace(job, run=run)
-        assert job.ended() == 2, job.output()
-    assert failures(job) == 3 and "training goes on (2 of 2 failures allowed)" in job.output()
-    assert "No space left on device" in job.output() and str(run / "checkpoints") in job.output()
+    arguments = train_arguments(shards, run, *more, config="zero2_fp32")
+    output = run_ranks(TRAIN, arguments, 2, tmp_path, TIME_LIMIT, code=2)
+    assert output.count(FAILURE) == 3 and "training goes on (2 of 2 failures allowed)" in output
+    assert "No space left on device" in output and str(run / "checkpoints") in output
     checkpoint, damages = open_checkpoint(run)
     assert (checkpoint.state.step, damages) == (2, [])
-    assert "step 2 is the newest checkpoint" in job.output()
+    assert "step 2 is the newest checkpoint" in output
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step-00000002"]
 
 
@@ -204,15 +200,13 @@ def test_a_limit_on_file_size_on_one_rank_alone_is_met_by_all_together(shards: P
         "sys.exit(run_script('train'))\n"
     )
     more = ["--set", "checkpoint.every=2", "--set", "checkpoint.max_failures=1"]
-    with running(train_command(shards, run, *more, ranks=2, config="zero2_fp32", script=script), run) as job:
-        assert job.ended() == 2, job.output()
-    assert failures(job) == 2 and "rank 1: [Errno 27] File too large" in job.output()
+    output = train(shards, run, *more, config="zero2_fp32", script=script, code=2)
+    assert output.count(FAILURE) == 2 and "rank 1: [Errno 27] File too large" in output
     assert [line["step"] for line in journal(run, "train")] == [1, 2, 3, 4, 5]
     with pytest.raises(UserError, match="no checkpoint yet"):
         open_checkpoint(run)
     # It is provably fresh, so the same command may begin anew.
-    with running(train_command(shards, run, "--auto-resume", "--steps", "2", ranks=2), run) as job:
-        assert job.ended() == 0, job.output()
+    train(shards, run, "--auto-resume", "--steps", "2")
 
 
 # ---- two jobs, one folder --------------------------------------------------------------------------------------
@@ -251,7 +245,6 @@ def test_ranks_that_do_not_share_the_run_folder_are_refused_before_they_train(sh
         "sys.argv[at] += os.environ['RANK']\n"
         "sys.exit(run_script('train'))\n"
     )
-    with running(train_command(shards, run, ranks=2, script=script), run) as job:
-        assert job.ended() == 2, job.output()
-    assert "rank 1 on " in job.output() and "one folder that all nodes share is needed" in job.output()
+    output = train(shards, run, script=script, code=2)
+    assert "rank 1 on " in output and "one folder that all nodes share is needed" in output
     assert not journal(tmp_path / "run0", "start") and not journal(tmp_path / "run1", "start")

@@ -1,7 +1,8 @@
 """Stream positions in, crops out: read, check, decode, cut; or replace what is damaged, within a budget."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -11,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcn_dist.config import DataConfig
-from fcn_dist.data.shard import DamagedSample, Shard
+from fcn_dist.data.decoders import decode_mask
+from fcn_dist.data.shard import DamagedSample, Sample, Shard
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.stream import SampleStream
-from fcn_dist.data.transforms import Pixels, check_size, crop_into, decode, draw_window, generator
+from fcn_dist.data.transforms import Pixels, check_size, crop_into, decode, draw_mixed_window, draw_window, generator
 from fcn_dist.errors import UserError
 from fcn_dist.keys import Purpose
 from fcn_dist.labels import IGNORE_LABEL
@@ -69,14 +71,21 @@ class CropReader:
     def _read(self, position: int, index: int, image_out: Pixels, target_out: Pixels) -> None:
         shard, record = self.shard_set.locate(index)
         rng = generator(self.stream.seed, position, Purpose.CROP)
-        window = draw_window(rng, int(record["height"]), int(record["width"]), self.config)
-        image, mask = read_arrays(self.shard_set, shard, record, window.reduction)
+        if self.config.class_limit < 1:
+            sample, mask = read_mask(self.shard_set, shard, record)
+            window = draw_mixed_window(rng, self._to_targets(mask), self.config)
+            image, mask = decode_sample(sample, shard, window.reduction, mask)
+        else:
+            window = draw_window(rng, int(record["height"]), int(record["width"]), self.config)
+            image, mask = read_arrays(self.shard_set, shard, record, window.reduction)
         if window.size != self.config.crop:
             np.copyto(image_out, self._padding)
             target_out[:] = IGNORE_LABEL
         # Labels become targets before they are placed, so padding is ignored whatever the rule.
-        targets = np.asarray(cv2.LUT(mask, self._targets), np.uint8)
-        crop_into(window, image, targets, image_out, target_out, self.config.interpolation)
+        crop_into(window, image, self._to_targets(mask), image_out, target_out, self.config.interpolation)
+
+    def _to_targets(self, mask: Pixels) -> Pixels:
+        return np.asarray(cv2.LUT(mask, self._targets), np.uint8)
 
     @cached_property
     def _targets(self) -> NDArray[np.uint8]:
@@ -101,10 +110,38 @@ def trained_samples(stream: SampleStream, positions: Sequence[int], replaced: It
 
 def read_arrays(shard_set: ShardSet, shard: Shard, record: "np.void", reduction: int = 1) -> tuple[Pixels, Pixels]:
     """Image, at 1/`reduction` of its size, and mask of one member record; DamagedSample names shard and key."""
-    try:
+    return decode_sample(_read(shard_set, shard, record), shard, reduction)
+
+
+def read_mask(shard_set: ShardSet, shard: Shard, record: "np.void") -> tuple[Sample, Pixels]:
+    """A member record's sample with its image as it is stored, and its mask; DamagedSample names shard and key."""
+    sample = _read(shard_set, shard, record)
+    mask = decode_mask(sample.mask)
+    if mask is None:
+        decode_sample(sample, shard)  # says what is wrong
+        raise AssertionError(f"{sample.key} in {shard.name} decodes at one time and not at another")
+    return sample, mask
+
+
+def decode_sample(
+    sample: Sample, shard: Shard, reduction: int = 1, mask: Pixels | None = None
+) -> tuple[Pixels, Pixels]:
+    """As `decode`; DamagedSample names shard and key."""
+    with _naming(shard):
+        return decode(sample, reduction, mask)
+
+
+def _read(shard_set: ShardSet, shard: Shard, record: "np.void") -> Sample:
+    with _naming(shard):
         sample = shard.read(record)
         check_size(sample, (int(record["height"]), int(record["width"])), shard_set.max_pixels)
-        return decode(sample, reduction)
+        return sample
+
+
+@contextmanager
+def _naming(shard: Shard) -> Iterator[None]:
+    try:
+        yield
     except DamagedSample as error:
         error.shard = shard.name
         raise

@@ -14,21 +14,23 @@ from fcn_dist.data.decoders import REDUCED, decode_image, decode_mask
 from fcn_dist.data.headers import jpeg_size, png_size
 from fcn_dist.data.shard import DamagedSample, Sample
 from fcn_dist.keys import Purpose, key64
+from fcn_dist.labels import IGNORE_LABEL
 
 Pixels = NDArray[np.uint8]
 # The decoder's shrinking and the one that follows are not one: where the second halves at least, crops of real scenes
 # are within 3 levels of 255 on average of those decoded whole, and 99 of 100 values within 18
 # (tests/test_transforms.py; usual on ADE and CamVid are 1 and 7).
 _SHRINKS_AFTER = 2
+_DRAWS = 10
 
 
-def decode(sample: Sample, reduction: int = 1) -> tuple[Pixels, Pixels]:
-    """Image, at 1/`reduction` of its size (1, 2 or 4), and mask of a sample.
+def decode(sample: Sample, reduction: int = 1, mask: Pixels | None = None) -> tuple[Pixels, Pixels]:
+    """Image, at 1/`reduction` of its size (1, 2 or 4), and mask of a sample; `mask` if it is decoded already.
 
     The JPEG decoder itself shrinks: it leaves out the frequencies that the smaller image cannot show, and the time they
     take. Raises DamagedSample, naming the key, if either does not decode.
     """
-    image, mask = decode_image(sample.image, reduction), decode_mask(sample.mask)
+    image, mask = decode_image(sample.image, reduction), decode_mask(sample.mask) if mask is None else mask
     if image is None or mask is None or image.shape[:2] != tuple(-(-n // reduction) for n in mask.shape):
         found = [None if array is None else array.shape for array in (image, mask)]
         raise DamagedSample(sample.key, f"it decodes to image and mask of shapes {found}; two of one size are needed")
@@ -90,6 +92,20 @@ def draw_window(rng: np.random.Generator, height: int, width: int, config: DataC
     (rows, out_height, top), (columns, out_width, left) = axes
     mirrored = bool(rng.random() < config.flip)
     return CropWindow((rows, columns), (out_height, out_width), (top, left), mirrored, reduction)
+
+
+def draw_mixed_window(rng: np.random.Generator, targets: Pixels, config: DataConfig) -> CropWindow:
+    """As `draw_window`, again and again until no class has more of the labelled pixels than it may; ten times at most.
+
+    What a crop shows is counted in `targets`, the source's, before it is resized.
+    """
+    window = draw_window(rng, targets.shape[0], targets.shape[1], config)
+    for _ in range(_DRAWS - 1):
+        counts = np.bincount(targets[window.source].ravel(), minlength=IGNORE_LABEL + 1)[:IGNORE_LABEL]
+        if counts.max() <= config.class_limit * counts.sum():
+            break
+        window = draw_window(rng, targets.shape[0], targets.shape[1], config)
+    return window
 
 
 def _squashed(height: int, width: int, config: DataConfig, mirrored: bool) -> CropWindow:
