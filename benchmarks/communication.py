@@ -26,6 +26,7 @@ from report import Table, Target, targets_table, write_report
 
 from fcn_dist.config import ModelConfig
 from fcn_dist.console import run_command
+from fcn_dist.model.devices import multiplies_bfloat16
 from fcn_dist.sizes import show_size
 from fcn_dist.training.deepspeed_config import DEFAULT
 from fcn_dist.training.footprint import without_content
@@ -54,10 +55,14 @@ class Setting:
         return f"ZeRO-{self.stage}, buckets of {self.bucket // 1_000_000} M{', overlapped' if self.overlap else ''}"
 
     @property
-    def config(self) -> dict[str, Any]:
-        """The DeepSpeed configuration."""
+    def zero(self) -> dict[str, Any]:
+        """The DeepSpeed configuration's section of that name."""
         zero = {"stage": self.stage, "reduce_bucket_size": self.bucket, "allgather_bucket_size": self.bucket}
-        return {**DEFAULT, "zero_optimization": {**zero, "overlap_comm": self.overlap}}
+        return {**zero, "overlap_comm": self.overlap}
+
+    def config(self, precision: str) -> dict[str, Any]:
+        """The DeepSpeed configuration."""
+        return {**DEFAULT, "bf16": {"enabled": precision == "bfloat16"}, "zero_optimization": self.zero}
 
     def typical(self, which: str, part: str) -> float:
         """Seconds."""
@@ -86,6 +91,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--size", type=int, default=96, metavar="PIXELS", help="of the sides (default: %(default)s)")
     parser.add_argument("--outputs", type=int, default=151, metavar="N", help="classes (default: %(default)s)")
     parser.add_argument("--width", type=float, default=1.0, help="of the network (default: %(default)s)")
+    parser.add_argument(
+        "--precision",
+        choices=("bfloat16", "float32"),
+        default="bfloat16" if multiplies_bfloat16(torch.device("cuda" if gpus else "cpu")) else "float32",
+        help="default here: %(default)s",
+    )
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="a round (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("benchmark-reports"), metavar="DIR")
@@ -122,7 +133,7 @@ def main(argv: list[str]) -> None:
     facts = {
         "device": f"{gpus} x {torch.cuda.get_device_name()}" if gpus > 1 else "CPU, gloo",
         "ranks": str(options.ranks),
-        "network": f"FCN-8s on VGG16, {options.outputs} outputs, width {options.width:g}, bf16, "
+        "network": f"FCN-8s on VGG16, {options.outputs} outputs, width {options.width:g}, {options.precision}, "
         f"{options.batch} images of {options.size}x{options.size} a rank",
         "a reduction sends": f"{show_size(round(median(SETTINGS[0].bandwidth)))}/s from each rank",
         "rounds": f"{options.rounds} of {options.steps} steps",
@@ -133,8 +144,8 @@ def main(argv: list[str]) -> None:
 
 def measure_once(options: argparse.Namespace) -> None:
     """A round of all settings: ranks together, then as many that are alone."""
-    values = {name: getattr(options, name) for name in ("batch", "size", "outputs", "width", "steps")}
-    settings = json.dumps({**values, "configs": [setting.config for setting in SETTINGS]})
+    values = {name: getattr(options, name) for name in ("batch", "size", "outputs", "width", "steps", "precision")}
+    settings = json.dumps({**values, "configs": [setting.config(options.precision) for setting in SETTINGS]})
     together, *alone = run(settings, [options.ranks]) + run(settings, [1] * options.ranks)
     for number, setting in enumerate(SETTINGS):
         setting.together.append(together["steps"][number])
@@ -157,7 +168,7 @@ def run(settings: str, jobs: list[int]) -> list[dict[str, Any]]:
 
 def on_paper(setting: Setting, weights: Weights, options: argparse.Namespace) -> tuple[Partition, float]:
     """Seconds of a step, by the model."""
-    partition = Partition.of(setting.config["zero_optimization"], "bfloat16", options.ranks)
+    partition = Partition.of(setting.zero, options.precision, options.ranks)
     link = median(setting.bandwidth)
     work = Work(setting.typical("alone", "work") / options.batch, setting.typical("alone", "update"))
     return partition, step(weights, partition, Links(link, link, options.ranks), work, options.batch).seconds

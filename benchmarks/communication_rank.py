@@ -37,7 +37,9 @@ def main() -> None:
     rank = start_ranks()
     if rank.world_size > 1 and not dist.is_initialized():
         raise RuntimeError("there is no process group")
-    found: dict[str, Any] = {"bandwidth": bandwidth(rank) if rank.world_size > 1 else None}
+    found: dict[str, Any] = {
+        "bandwidth": bandwidth(rank, getattr(torch, values["precision"])) if rank.world_size > 1 else None
+    }
     recipe = load_recipe(
         None,
         [
@@ -53,9 +55,9 @@ def main() -> None:
         options.output.write_text(json.dumps(found))
 
 
-def bandwidth(rank: Rank) -> float:
-    """Bytes a second that each rank sends in a reduction of bfloat16 by a ring."""
-    tensor = torch.ones(PROBE, dtype=torch.bfloat16, device=device(rank))
+def bandwidth(rank: Rank, dtype: torch.dtype) -> float:
+    """Bytes a second that each rank sends in a reduction by a ring."""
+    tensor = torch.ones(PROBE, dtype=dtype, device=device(rank))
     seconds = []
     for _ in range(WARM_UP + 3):
         dist.barrier()
