@@ -29,7 +29,7 @@ OURS_BF16, PEER_FP32 = "ours, bf16", "peer, fp32"
 RECOMPUTED = "ours, bf16, stages 1-3 recomputed"
 TORCH_POOLING = "ours, bf16, torch's pooling"  # on a GPU alone
 COMPILED = "ours, bf16, compiled"
-AT_THE_SAME_BATCH = (TORCH_POOLING, COMPILED)  # alone
+AT_THE_SAME_BATCH = (TORCH_POOLING, COMPILED)  # alone; compiled on a CPU only if it is asked for
 BUDGETS = (12, 24, 80)  # GB
 SHARE_OF_STEPS = 0.45  # of a time limit; the largest batches have the rest
 VARIANTS = (
@@ -129,11 +129,9 @@ def contenders(args: argparse.Namespace) -> tuple[list[Contender], list[Contende
     same = timing | {"device": args.device, "batch": args.batch}
     own = timing | {"budgets": BUDGETS}
     small = timing | {"budgets": BUDGETS[:1], "in_whole": False}  # the whole of a GPU would take many thousands
-    chosen = [
-        row
-        for row in VARIANTS
-        if (not args.only or row[0] in args.only) and (args.device == "cuda" or row[0] != TORCH_POOLING)
-    ]
+    on_cpu = args.device == "cpu"
+    usual = [row[0] for row in VARIANTS if not (on_cpu and row[0] in AT_THE_SAME_BATCH)]
+    chosen = [row for row in VARIANTS if row[0] in (args.only or usual) and not (on_cpu and row[0] == TORCH_POOLING)]
     return (
         [Contender(name, function, options | same, does) for name, function, options, does in chosen],
         [

@@ -35,7 +35,7 @@ class ReLUAveragePool(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, C, ceil(H / 2), ceil(W / 2))."""
-        return F.avg_pool2d(F.relu(x_BCHW), 2, ceil_mode=True, count_include_pad=False)
+        return F.avg_pool2d(F.relu(x_BCHW), 2, ceil_mode=True)
 
 
 POOLS = (ReLUPool, ReLUAveragePool)
