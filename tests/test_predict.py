@@ -305,3 +305,20 @@ def test_wrong_inputs_are_refused(model: Path, images: Path, tmp_path: Path, nam
     output = tmp_path / ("f" if name == "f" else "out")
     with pytest.raises(UserError, match=message):
         run(model, images if name == "f" else tmp_path / name, "--output", output)
+
+
+def test_confidence_on_request_is_the_probability_of_each_label(
+    model: Path, predictor: Predictor, images: Path, tmp_path: Path
+) -> None:
+    run(model, images, "--output", tmp_path / "out", "--precision", "float32", "--confidence")
+    assert [name for name in written(tmp_path / "out") if "confidence" in name] == [
+        "one_confidence.png",
+        "sub/two.a.b_confidence.png",
+    ]
+    found = np.asarray(Image.open(tmp_path / "out" / "one_confidence.png"))
+    scores = torch.from_numpy(predictor.scores(read_rgb(images / "one.jpg")))
+    assert np.abs(found - 255 * scores.softmax(0).amax(0).numpy()).max() <= 1
+    with pytest.raises(UserError, match=r"one_confidence\.png"):
+        run(model, images, "--output", tmp_path / "out", "--confidence")
+    labels = np.asarray(Image.open(tmp_path / "out" / "one.png"))
+    assert (labels == predictor.predict(read_rgb(images / "one.jpg"))).mean() > 0.99

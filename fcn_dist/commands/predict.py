@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     """Label the images as the arguments say, and print which classes were found."""
     options = _parser().parse_args(argv)
     keep_freed_memory()
-    jobs = plan(options.inputs, options.output, options.overwrite)
+    jobs = plan(options.inputs, options.output, options.overwrite, options.confidence)
     predictor = Predictor.from_file(options.model, options.device, options.precision, views_of(options))
     outcome = _label_all(jobs, predictor)
     _print_summary(outcome, predictor, options.output)
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
     add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add("--precision", choices=PRECISIONS, default=AUTO, help="default: bfloat16 where the device multiplies it")
+    add("--confidence", action="store_true", help="also NAME_confidence.png: each label's probability, 255 for 1")
     add("--overwrite", action="store_true", help="replace outputs that are there already")
     add("--json", type=Path, metavar="PATH", help="also write the figures of all images to one file")
     add_views(parser)
@@ -92,9 +93,12 @@ def _label_all(jobs: list[Job], predictor: Predictor) -> Outcome:
 
 
 def _label(job: Job, predictor: Predictor, colours: tuple[tuple[int, int, int], ...]) -> dict[str, Any]:
-    """Write the three outputs of one image; the figures are last, so that who finds them has all."""
+    """Write the outputs of one image; the figures are last, so that who finds them has all."""
     image = read_rgb(job.image)
-    labels = predictor.predict(image)
+    if job.confidence:
+        labels, confidence = predictor.predict_with_confidence(image)
+    else:
+        labels = predictor.predict(image)
     figures = {
         "image": str(job.image),
         "width": image.shape[1],
@@ -107,6 +111,9 @@ def _label(job: Job, predictor: Predictor, colours: tuple[tuple[int, int, int], 
     job.labels.parent.mkdir(parents=True, exist_ok=True)
     with replacing(job.labels) as partial:
         Image.fromarray(labels).save(partial, format="PNG")
+    if job.confidence:
+        with replacing(job.confidence) as partial:
+            Image.fromarray(np.rint(255 * confidence).astype(np.uint8)).save(partial, format="PNG")
     write_png(job.overlay, picture_with_legend(image, labels, predictor.classes, colours))
     write_text(job.figures, json.dumps(figures, indent=1) + "\n")
     return figures

@@ -24,14 +24,15 @@ class Job:
     labels: Path
     overlay: Path
     figures: Path
+    confidence: Path | None = None
 
     @property
-    def outputs(self) -> tuple[Path, Path, Path]:
-        """All three."""
-        return self.labels, self.overlay, self.figures
+    def outputs(self) -> tuple[Path, ...]:
+        """All of them."""
+        return tuple(path for path in (self.labels, self.overlay, self.figures, self.confidence) if path)
 
 
-def plan(inputs: Sequence[Path], output_dir: Path, overwrite: bool = False) -> list[Job]:
+def plan(inputs: Sequence[Path], output_dir: Path, overwrite: bool = False, confidence: bool = False) -> list[Job]:
     """A job for each image given, and for each image in a folder given, at its place in the folder.
 
     Raises UserError, before anything is written, if there are none, if two would write the same file, if one would
@@ -39,7 +40,8 @@ def plan(inputs: Sequence[Path], output_dir: Path, overwrite: bool = False) -> l
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{output_dir} is a file; a folder to write to is needed; choose another --output")
-    jobs = [_job(image, output_dir / stem) for path in inputs for image, stem in _images(path, output_dir)]
+    found = [(image, output_dir / stem) for path in inputs for image, stem in _images(path, output_dir)]
+    jobs = [_job(image, base, confidence) for image, base in found]
     owners: dict[Path, Path] = {}
     images = {job.image.resolve() for job in jobs}
     existing: list[str] = []
@@ -82,10 +84,10 @@ def _images(path: Path, output_dir: Path) -> Iterator[tuple[Path, Path]]:
         raise UserError(f"folder {path} holds no images; files ending in {', '.join(SUFFIXES)} are looked for")
 
 
-def _job(image: Path, base: Path) -> Job:
+def _job(image: Path, base: Path, confidence: bool) -> Job:
     # Names are added to: a stem may have dots, and with_suffix would cut it at the last.
     labels, overlay, figures = (base.with_name(base.name + end) for end in (".png", "_overlay.png", ".json"))
-    return Job(image, labels, overlay, figures)
+    return Job(image, labels, overlay, figures, base.with_name(f"{base.name}_confidence.png") if confidence else None)
 
 
 def read_rgb(path: Path) -> NDArray[np.uint8]:
