@@ -172,9 +172,11 @@ class LogConfig:
     """What is written to metrics.jsonl and shown."""
 
     every: int = 10  # steps
+    layers: int = 0  # steps between looks at the gradient and weights of each layer; 0: none
 
     def __post_init__(self) -> None:
         _check(self.every >= 1, "log.every", self.every, "1 or more steps")
+        _check(self.layers >= 0, "log.layers", self.layers, "0 or more steps")
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ def test_the_gradient_is_that_of_the_whole_global_batch(kind: Any) -> None:
     plan = BatchPlan(images, IMAGES, MICRO_BATCHES, RANKS)
     recipe = Recipe(DataConfig(), schedule=ScheduleConfig(steps=1), train=TrainConfig(global_batch=images, loss=kind))
     logged: list[Tensor] = []
+    seen: list[int] = []
     for some in of_ranks:
         job: Any = SimpleNamespace(
             recipe=recipe,
@@ -72,8 +73,9 @@ def test_the_gradient_is_that_of_the_whole_global_batch(kind: Any) -> None:
             offset=0,
         )
         check: Any = SimpleNamespace(watch=lambda loss: loss)
+        layers: Any = SimpleNamespace(look=seen.append)
         meter: Any = SimpleNamespace(add_loss=logged.append)
-        loop.accumulate(job, engine, check, meter, PhaseClock(0), labelled, some)
+        loop.accumulate(job, engine, check, meter, PhaseClock(0), layers, 1, labelled, some)
 
     wanted = engine.scores.detach().clone().requires_grad_()
     full = F.interpolate(wanted, scale_factor=8, mode="bilinear").expand(images, -1, -1, -1)
@@ -81,5 +83,6 @@ def test_the_gradient_is_that_of_the_whole_global_batch(kind: Any) -> None:
     (loss / (labelled if kind == "mean" else images)).backward()  # type: ignore[no-untyped-call]
     assert engine.scores.grad is not None and wanted.grad is not None
     torch.testing.assert_close(engine.scores.grad, wanted.grad)
+    assert seen == [1] * RANKS, "once a step"
     # What is logged is the mean over labelled pixels either way.
     torch.testing.assert_close(torch.stack(logged).sum(), (loss / labelled).detach())

@@ -12,6 +12,7 @@ from fcn_dist.training.finite import StepCheck
 from fcn_dist.training.intake import Intake
 from fcn_dist.training.job import Job
 from fcn_dist.training.keeper import Keeper
+from fcn_dist.training.layers import LayerReport
 from fcn_dist.training.meter import Meter
 from fcn_dist.training.pace import PaceReport
 from fcn_dist.training.phases import Phase, PhaseClock
@@ -31,6 +32,7 @@ def train_steps(
     shortage: Shortage,
     clock: PhaseClock,
     pace: PaceReport,
+    layers: LayerReport,
     first_step: int,
     progress: TrainingProgress,
     journal: Journal | None,
@@ -51,12 +53,13 @@ def train_steps(
         done = step + 1
         rate = learning_rate(recipe.schedule, job.config.learning_rate, step, job.steps)
         set_learning_rate(engine, job.groups, rate)
-        work = partial(accumulate, job, engine, check, meter, clock, agreed.labelled)
+        work = partial(accumulate, job, engine, check, meter, clock, layers, done, agreed.labelled)
         micro_batches = shortage.train(done, micro_batches, work)
         average_statistics(engine.module, job.rank)
         meter.add_step(check.finite(done, micro_batches))
         clock.enter(Phase.LOGGING)
         progress.step(done)
+        layers.write(done)
 
         if due(done, recipe.log.every, job.steps):
             figures = meter.read(job, engine, done, rate)
@@ -80,14 +83,16 @@ def accumulate(
     check: StepCheck,
     meter: Meter,
     clock: PhaseClock,
+    layers: LayerReport,
+    done: int,
     labelled: int,
     micro_batches: list[Batch],
 ) -> None:
-    """Train this rank's micro-batches of one step, whose global batch has so many labelled pixels."""
+    """Train this rank's micro-batches of step `done`, whose global batch has so many labelled pixels."""
     # DeepSpeed averages over ranks and accumulation; the loss is a sum over labelled pixels of all of them.
     divisor = labelled if job.recipe.train.loss == "mean" else job.config.plan.global_batch
     scale = job.rank.world_size * len(micro_batches) / divisor
-    for batch in micro_batches:
+    for number, batch in enumerate(micro_batches, 1):
         clock.enter(Phase.FORWARD)
         images, targets = to_device(batch, job.recipe.data, job.recipe.train.seed, job.device)
         dropout_keys = [key64(job.recipe.train.seed, position) for position in batch.positions]
@@ -95,6 +100,8 @@ def accumulate(
         loss = summed_cross_entropy(scores, targets, job.stride, job.offset)
         clock.enter(Phase.BACKWARD)
         backward(engine, check.watch(loss) * scale)
+        if number == len(micro_batches):
+            layers.look(done)
         engine.step()
         meter.add_loss(loss.detach() / labelled)
 

@@ -35,6 +35,7 @@ from fcn_dist.training.fit import fit
 from fcn_dist.training.intake import Intake
 from fcn_dist.training.job import Job
 from fcn_dist.training.keeper import Keeper
+from fcn_dist.training.layers import LayerReport
 from fcn_dist.training.loop import train_steps
 from fcn_dist.training.meter import Meter
 from fcn_dist.training.pace import DeviceEvents, PaceReport
@@ -154,9 +155,23 @@ def _train(config: RunConfig, stop: StopRequest) -> Scores | None:
         meter = Meter(job.device, clock)
         shortage = Shortage(job, engine, check, meter, config.output, ready.record, progress, journal)
         pace = PaceReport(rank, clock, events, first_step, progress, journal)
+        layers = LayerReport(engine, job.recipe.log.layers, journal)
         with keeper:
             done = train_steps(
-                job, engine, intake, check, meter, shortage, clock, pace, first_step, progress, journal, scorer, keeper
+                job,
+                engine,
+                intake,
+                check,
+                meter,
+                shortage,
+                clock,
+                pace,
+                layers,
+                first_step,
+                progress,
+                journal,
+                scorer,
+                keeper,
             )
         stop.saving = True
         clock.enter(Phase.SAVING)
