@@ -225,5 +225,7 @@ def test_a_crop_that_one_class_fills_is_drawn_again_alike_on_any_rank(tmp_path: 
             shares[limit].append(counts.max() / max(1, counts.sum()))
     full, mixed = (np.mean([share > 0.65 for share in shares[limit]]) for limit in (1.0, 0.6))
     assert full > 0.5 and mixed < full / 2
-    same = sum(found[1.0, 1][position] == crop for position, crop in found[0.6, 1].items())
-    assert same == sum(share <= 0.6 for share in shares[1.0]) or same > 10, "crops that are mixed stay as they are"
+    # What is far from the limit at the first draw stays as it was drawn.
+    mixed_at_once = [position for position, share in zip(found[1.0, 1], shares[1.0], strict=True) if share < 0.5]
+    assert len(mixed_at_once) > 5
+    assert all(found[0.6, 1][position] == found[1.0, 1][position] for position in mixed_at_once)

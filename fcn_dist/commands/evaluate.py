@@ -36,6 +36,25 @@ SHEET_SCENES = 6
 
 def main(argv: list[str]) -> None:
     """Parse, evaluate and report."""
+    options = _parser().parse_args(argv)
+    views = _checked(options)
+    shard_set = ShardSet.open(options.shards, options.split)
+    rank = Rank.from_environment()
+    model, name = load(options, shard_set)
+    with among_ranks():
+        scores = _evaluate(model, shard_set, rank, options, views)
+    if rank.index == 0:
+        report(scores, name)
+        if options.json:
+            write_text(options.json, json.dumps({"model": name, **scores.as_dict()}) + "\n")
+        if options.confusion:
+            write_text(options.confusion, confusion_csv(scores))
+        if options.sheet:
+            draw_sheet(model, shard_set, options.sheet, views)
+            console.print(f"sheet: {options.sheet}")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, help="run folder; its newest whole checkpoint is scored")
@@ -56,7 +75,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--confusion", type=Path, metavar="CSV", help="write the confusion matrix, rows truth")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw image, truth and prediction of some scenes")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    options = parser.parse_args(argv)
+    return parser
+
+
+def _checked(options: argparse.Namespace) -> Views:
+    """How to look at images; raises UserError for what can be seen to be wrong before anything is read."""
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit is {options.limit}; 1 sample or more is needed")
     for path in filter(None, (options.json, options.confusion, options.sheet)):
@@ -64,37 +87,27 @@ def main(argv: list[str]) -> None:
             raise UserError(
                 f"{path} cannot be written: there is no folder {path.parent}; make it, or give another path"
             )
-    views = views_of(options)
-    shard_set = ShardSet.open(options.shards, options.split)
-    rank = Rank.from_environment()
-    model, name = load(options, shard_set)
-    shown = rank.index == 0
-    with among_ranks():
-        start_ranks(rank)
-        model.to(torch_dtype(options.precision))
-        if torch.cuda.is_available():
-            model.to(torch.device("cuda", rank.local))
-        with count_progress(shown) as progress:
-            task = progress.add_task(options.split, total=scored(shard_set, options.limit))
-            scores = evaluate(
-                model,
-                shard_set,
-                rank=rank,
-                workers=options.workers,
-                views=views,
-                limit=options.limit,
-                # Rank 0 sees its own share alone; the others are as far, give or take a sample.
-                advance=lambda samples: progress.advance(task, samples * rank.world_size),
-            )
-    if shown:
-        report(scores, name)
-        if options.json:
-            write_text(options.json, json.dumps({"model": name, **scores.as_dict()}) + "\n")
-        if options.confusion:
-            write_text(options.confusion, confusion_csv(scores))
-        if options.sheet:
-            draw_sheet(model, shard_set, options.sheet, views)
-            console.print(f"sheet: {options.sheet}")
+    return views_of(options)
+
+
+def _evaluate(model: FCN, shard_set: ShardSet, rank: Rank, options: argparse.Namespace, views: Views) -> Scores:
+    """With the other ranks."""
+    start_ranks(rank)
+    model.to(torch_dtype(options.precision))
+    if torch.cuda.is_available():
+        model.to(torch.device("cuda", rank.local))
+    with count_progress(rank.index == 0) as progress:
+        task = progress.add_task(options.split, total=scored(shard_set, options.limit))
+        return evaluate(
+            model,
+            shard_set,
+            rank=rank,
+            workers=options.workers,
+            views=views,
+            limit=options.limit,
+            # Rank 0 sees its own share alone; the others are as far, give or take a sample.
+            advance=lambda samples: progress.advance(task, samples * rank.world_size),
+        )
 
 
 def load(options: argparse.Namespace, shard_set: ShardSet) -> tuple[FCN, str]:

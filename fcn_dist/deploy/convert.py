@@ -20,7 +20,7 @@ from fcn_dist.checkpoints.store import (
     Damage,
     open_checkpoint,
 )
-from fcn_dist.deploy.modelfile import read_model_file, write_model_file
+from fcn_dist.deploy.modelfile import check_new, read_model_file, write_model_file
 from fcn_dist.errors import UserError, named
 from fcn_dist.files import replacing
 from fcn_dist.model.description import ModelDescription
@@ -68,10 +68,7 @@ def convert(
     out = Path(out)
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; one of {', '.join(DTYPES)} is needed")
-    if out.is_dir() or (out.exists() and not overwrite):
-        raise UserError(f"{out} exists; a new file is needed; choose another name, or give --overwrite for a file")
-    if not out.parent.is_dir():
-        raise UserError(f"{out.parent} is no folder to write {out.name} into; create it, or choose another")
+    check_new(out, overwrite)
     checkpoint, passed_over = open_checkpoint(Path(run), step)
     description = _description(checkpoint)
     with torch.device("meta"):

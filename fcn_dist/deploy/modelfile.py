@@ -35,6 +35,14 @@ class ModelFileInfo:
     dtype: str  # of the stored weights
 
 
+def check_new(out: Path, overwrite: bool) -> None:
+    """Raise UserError unless a model file can be written to `out`: a new one, or in place of a file if `overwrite`."""
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise UserError(f"{out} exists; a new file is needed; choose another name, or give --overwrite for a file")
+    if not out.parent.is_dir():
+        raise UserError(f"{out.parent} is no folder to write {out.name} into; create it, or choose another")
+
+
 def write_model_file(
     path: Path, model_state: Mapping[str, Tensor], description: ModelDescription, source: Mapping[str, Any]
 ) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import fcn_dist
 from fcn_dist.config import ModelConfig
-from fcn_dist.deploy.modelfile import read_model_file, write_model_file
+from fcn_dist.deploy.modelfile import check_new, read_model_file, write_model_file
 from fcn_dist.errors import UserError, named
 from fcn_dist.files import replacing
 from fcn_dist.model import reference
@@ -67,10 +67,7 @@ def convert(
     `source` is no such state dict, its transposed convolutions are not the frozen bilinear ones, the classes do not fit
     its outputs, or `out` exists and `overwrite` is false.
     """
-    if out.is_dir() or (out.exists() and not overwrite):
-        raise UserError(f"{out} exists; a new file is needed; choose another name, or give --overwrite for a file")
-    if not out.parent.is_dir():
-        raise UserError(f"{out.parent} is no folder to write {out.name} into; create it, or choose another")
+    check_new(out, overwrite)
     state = {name: tensor.float() for name, tensor in read_state(source).items()}
     variant = _variant(state, source)
     description = _description(state, variant, at_once, classes, source)
