@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from launching import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "launch" / "train.py"
@@ -139,7 +139,7 @@ def train_command(
     """`deepspeed --num_gpus RANKS launch/train.py ...`, or without a launcher if `ranks` is 0."""
     python = [sys.executable, "-u"]
     if ranks:
-        python += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port())]
+        python += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", free_port()]
     return [*python, str(script), *train_arguments(shards, run, *more, config=config)]
 
 
@@ -150,13 +150,6 @@ def train_arguments(shards: Path, run: Path, *more: str, config: str = "zero1_fp
     arguments = ["--shards", str(shards), "--output", str(run), "--recipe", str(recipe)]
     zero = ROOT / "launch" / "zero" / f"{config}.json"
     return [*arguments, "--deepspeed_config", str(zero), *more]
-
-
-def free_port() -> int:
-    """A port that no one listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def journal(run: Path, event: str) -> list[dict[str, Any]]:

@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 import pytest
 from hosts import Cluster, cluster, fcn_dist
-from jobs import RECIPE, ROOT, TRAIN, free_port
+from jobs import RECIPE, ROOT, TRAIN
+from launching import free_port
 
 from fcn_dist.checkpoints.store import open_checkpoint
 from fcn_dist.data.packing.run import pack
@@ -128,7 +129,7 @@ def test_deepspeeds_own_command_trains_on_two_hosts(hosts: Cluster, shards: Path
     folder.mkdir()
     (folder / ".deepspeed_env").write_text("GLOO_SOCKET_IFNAME=eth0\nOMP_NUM_THREADS=1\n")
     start = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hosts.hostfile(2, 1))]
-    master = ["--master_addr", hosts.hosts[0].address, "--master_port", str(free_port())]
+    master = ["--master_addr", hosts.hosts[0].address, "--master_port", free_port()]
     with job(hosts, [*start, *master, str(TRAIN), *arguments(shards, run)], folder) as process:
         finished(hosts, process)
     assert losses(run) == pytest.approx(reference, rel=2e-5)

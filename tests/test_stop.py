@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from jobs import ENDS_WITHIN, ROOT, RunningJob, free_port, journal, running, train_command
+from jobs import ENDS_WITHIN, ROOT, RunningJob, journal, running, train_command
+from launching import free_port
 
 from fcn_dist.checkpoints.store import open_checkpoint
 from fcn_dist.errors import EXIT_REQUEUE
@@ -154,13 +155,13 @@ def test_torchrun_is_stopped_saved_and_run_to_the_end(number: signal.Signals, sh
     """It passes SIGTERM on to all ranks at once; SIGUSR1 ends it."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
     run = tmp_path / "run"
-    with running([*torchrun, str(free_port()), *train_command(shards, run, "--auto-resume")[2:]], run) as job:
+    with running([*torchrun, free_port(), *train_command(shards, run, "--auto-resume")[2:]], run) as job:
         job.until_step(2)
         job.process.send_signal(number)
         assert stopped_and_saved(job) != 0
     last = journal(run, "train")[-1]["step"] + 2
     more = train_command(shards, run, "--auto-resume", "--steps", str(last))[2:]
-    with running([*torchrun, str(free_port()), *more], run) as job:
+    with running([*torchrun, free_port(), *more], run) as job:
         assert job.ended() == 0, job.output()
     assert [line["step"] for line in journal(run, "train")] == list(range(1, last + 1))
 

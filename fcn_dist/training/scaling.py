@@ -2,9 +2,9 @@
 
 A step computes, and sends what `memoryplan.sent` says by rings. A ring is as fast as its slowest link: that between
 the GPUs of a host, or the network between hosts, of which one ring has all. DeepSpeed reduces a bucket when it is full
-and waits for it, unless it is asked to overlap; so communication adds to the step, which is the worst case.
-
-benchmarks/communication.py holds this against ranks that talk through gloo.
+and waits for it, unless it is asked to overlap; so what is sent adds to the step, and none of it hides behind computing.
+What is left out: copies into buckets, latencies, and ranks that wait for each other. benchmarks/communication.py shows
+how much that is.
 """
 
 import math
