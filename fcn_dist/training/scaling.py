@@ -2,7 +2,7 @@
 
 A step computes, and sends what `memoryplan.sent` says by rings. A ring is as fast as its slowest link: that between
 the GPUs of a host, or the network between hosts, of which one ring has all. DeepSpeed reduces a bucket when it is full
-and waits for it, unless it is asked to overlap; so what is sent adds to the step, and none of it hides behind computing.
+and waits for it, unless it is asked to overlap; so what is sent adds to the step, and none of it hides in computing.
 What is left out: copies into buckets, latencies, and ranks that wait for each other. benchmarks/communication.py shows
 how much that is.
 """
