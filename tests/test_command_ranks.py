@@ -14,8 +14,17 @@ from fcn_dist.commands.ranks import among_ranks
 from fcn_dist.console import run_command
 from fcn_dist.errors import EarlyEnd, LostPeer, UserError
 
+EXITING = 4  # PF_EXITING: the kernel's flag of a thread that may have been joined, and is in /proc a little longer
+
+def running(task):
+    try:
+        name, _, fields = (task / "stat").read_text().rpartition(")")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    return "" if int(fields.split()[6]) & EXITING else name
+
 def threads():
-    return sum("gloo" in (task / "comm").read_text() for task in Path("/proc/self/task").iterdir())
+    return sum("gloo" in running(task) for task in Path("/proc/self/task").iterdir())
 
 def command():
     with among_ranks():
