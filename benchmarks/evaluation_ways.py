@@ -19,8 +19,9 @@ from training_steps import resident
 
 from fcn_dist.config import ModelConfig
 from fcn_dist.labels import LabelRule
-from fcn_dist.model.devices import multiplies_bfloat16
+from fcn_dist.model.devices import keep_freed_memory, multiplies_bfloat16
 from fcn_dist.model.fcn import FCN
+from fcn_dist.model.inference import for_inference
 from fcn_dist.model.upsampling import argmax_upsampled
 from fcn_dist.scoring.metrics import ConfusionMatrix
 
@@ -79,6 +80,9 @@ def label(
     # Prediction takes the precision that suits the device, evaluation float32 unless it is asked.
     fast = way == "ours" and not scored and multiplies_bfloat16(place)
     model.to(place, torch.bfloat16 if fast else torch.float32)
+    if way == "ours":
+        keep_freed_memory()
+        model = for_inference(model)
     to_labels, matrix = WAYS[way], ConfusionMatrix(CLASSES)
 
     def forward(scene: Scene) -> Tensor:

@@ -25,6 +25,7 @@ from fcn_dist.files import write_text
 from fcn_dist.model.description import ModelDescription
 from fcn_dist.model.devices import keep_freed_memory
 from fcn_dist.model.fcn import FCN, torch_dtype
+from fcn_dist.model.inference import for_inference
 from fcn_dist.model.views import Views
 from fcn_dist.progress import count_progress
 from fcn_dist.ranks import Rank, cores_of
@@ -96,6 +97,7 @@ def _evaluate(model: FCN, shard_set: ShardSet, rank: Rank, options: argparse.Nam
     model.to(torch_dtype(options.precision))
     if torch.cuda.is_available():
         model.to(torch.device("cuda", rank.local))
+    model = for_inference(model)
     with count_progress(rank.index == 0) as progress:
         task = progress.add_task(options.split, total=scored(shard_set, options.limit))
         return evaluate(

@@ -15,6 +15,7 @@ from fcn_dist.deploy.modelfile import ModelFileInfo, read_model_file
 from fcn_dist.errors import UserError
 from fcn_dist.model.devices import multiplies_bfloat16
 from fcn_dist.model.fcn import FCN, torch_dtype
+from fcn_dist.model.inference import for_inference
 from fcn_dist.model.upsampling import argmax_upsampled, upsample
 from fcn_dist.model.views import Views, label_views
 
@@ -30,7 +31,7 @@ class Predictor:
         self.device = device
         self.precision = precision
         self.views = views
-        self._model = model.to(device, torch_dtype(precision))
+        self._model = for_inference(model.to(device, torch_dtype(precision)))
         table = np.frombuffer(info.description.label_rule.label_table, dtype=np.uint8)
         self._labels: NDArray[np.uint8] = table
 
