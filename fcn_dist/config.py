@@ -116,6 +116,8 @@ class TrainConfig:
     loss: Literal["mean", "sum"] = "mean"
     max_skipped_steps: int = 10  # that may not be finite, in the whole run, before it ends
     watchdog: float = 600.0  # seconds without progress on any rank that end the job; 0: never
+    # Of the losses of two more score layers, on pool3 and pool4, which are in training alone; 0: there are none.
+    auxiliary: float = 0.0
     recompute_stages: int = 0  # first stages of the network (5 of the trunk, 6: fc6 and fc7) computed again in backward
     recompute_images: int = 8  # at once, in stages 1 to 3; 0: the whole micro-batch
     compile: bool = False  # layers between poolings by torch.compile
@@ -130,6 +132,7 @@ class TrainConfig:
             self.global_batch,
             ">= 1",
         )
+        _check(0 <= self.auxiliary < math.inf, "train.auxiliary", self.auxiliary, "0 or a positive number")
         _check(0 <= self.recompute_stages <= 6, "train.recompute_stages", self.recompute_stages, "0 to 6 stages")
         _check(self.recompute_images >= 0, "train.recompute_images", self.recompute_images, "0 or more images")
         _check(self.max_skipped_steps >= 0, "train.max_skipped_steps", self.max_skipped_steps, "0 or more steps")

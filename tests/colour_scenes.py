@@ -3,6 +3,7 @@
 So a test knows which scene a pixel came from, and what its label must be, without asking the code under test.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -51,11 +52,16 @@ def scene_sizes(count: int) -> list[tuple[int, int]]:
 
 
 def write_colour_scenes(
-    root: Path, count: int, splits: tuple[str, ...] = ("training",), num_classes: int = NUM_CLASSES
+    root: Path,
+    count: int,
+    splits: tuple[str, ...] = ("training",),
+    num_classes: int = NUM_CLASSES,
+    sizes: Sequence[tuple[int, int]] | None = None,
 ) -> Path:
     """A scenes folder of `count` scenes a split, named `SPLIT_00`, `SPLIT_01` ..., labels 0..4 in every scene.
 
-    More classes than NUM_CLASSES are listed, and occur nowhere.
+    More classes than NUM_CLASSES are listed, and occur nowhere. `sizes` are (height, width) of the scenes, if not those
+    of `scene_sizes`.
     """
     assert count <= MAX_SCENES
     rng = np.random.default_rng(7)
@@ -63,7 +69,7 @@ def write_colour_scenes(
     for split in splits:
         for kind in ("images", "annotations"):
             (root / kind / split).mkdir(parents=True)
-        for scene, (height, width) in enumerate(scene_sizes(count)):
+        for scene, (height, width) in enumerate(sizes or scene_sizes(count)):
             blocks = rng.permutation(np.arange(6, dtype=np.uint8) % (NUM_CLASSES + 1)).reshape(2, 3)
             labels: Pixels = cv2.resize(blocks, (width, height), interpolation=cv2.INTER_NEAREST)
             stem = f"{split}_{scene:02d}"

@@ -14,11 +14,13 @@ from colour_scenes import NUM_CLASSES, write_colour_scenes
 from torch import nn
 
 from fcn_dist.commands.entry import run_script
+from fcn_dist.commands.evaluate import report
 from fcn_dist.config import ModelConfig
 from fcn_dist.data.packing.run import pack
 from fcn_dist.data.shard import DamagedSample
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.transforms import decode
+from fcn_dist.deploy.confusion import draw_confusion
 from fcn_dist.deploy.modelfile import write_model_file
 from fcn_dist.errors import EarlyEnd, UserError
 from fcn_dist.model.description import ModelDescription
@@ -26,6 +28,8 @@ from fcn_dist.model.fcn import FCN
 from fcn_dist.model.views import Views
 from fcn_dist.ranks import Rank
 from fcn_dist.scoring.evaluate import check_classes, evaluate, rounds
+from fcn_dist.scoring.metrics import ConfusionMatrix
+from fcn_dist.scoring.metrics import score as scores_of
 
 COUNT = 6
 
@@ -141,6 +145,7 @@ def test_the_command_says_what_it_left_out_and_writes_the_matrix(
     command = ["--model", str(tmp_path / "m.safetensors"), "--shards", str(shards), "--limit", "4", "--flip"]
     command += ["--scales", "1", "1.5", "--window", "40"]
     command += [word for name, path in outputs.items() for word in (name, str(path))]
+    command += ["--confusion", str(tmp_path / "c.png")]
     assert run_script("evaluate", command) == 0
     assert "on the first 4 of 6 validation samples" in capsys.readouterr().out.replace("\n", " ")
     scores = json.loads((tmp_path / "s.json").read_text())
@@ -149,7 +154,32 @@ def test_the_command_says_what_it_left_out_and_writes_the_matrix(
     assert head == ["truth", "other", *shard_set.classes] and [row[0] for row in rows] == head[1:]
     assert [[int(cell) for cell in row[1:]] for row in rows] == scores["confusion"]
     assert (tmp_path / "s.png").stat().st_size > 0
+    drawn = cv2.imread(str(tmp_path / "c.png"))
+    wanted = draw_confusion(np.array(scores["confusion"]), shard_set.classes)
+    assert drawn is not None and (drawn[..., ::-1] == wanted).all()
     assert run_script("evaluate", [*command[:4], "--limit", "0"]) == 2
+    for name, end in (("c.pdf", "'.pdf'"), ("c", "'nothing'")):
+        assert run_script("evaluate", [*command[:4], "--confusion", str(tmp_path / name)]) == 2
+        assert f"ends in {end}; .csv (pixels) or .png" in capsys.readouterr().err.replace("\n", " ")
+        assert not (tmp_path / name).exists()
+
+
+def test_classes_are_reported_by_iou_with_the_pixels_behind_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Absent classes last. By hand: 90 / 105, 5 / 20, 1234 / 1234, and a class that nothing is."""
+    matrix = ConfusionMatrix(4)
+    matrix.counts[1, 1:3] = 90, 10
+    matrix.counts[2, 1:3] = 5, 5
+    matrix.counts[3, 3] = 1234
+    scores = scores_of(matrix, ("wall", "sky", "tree", "sea"), "validation", 1, 1, score_other=False)
+    report(scores, "m")
+    table = capsys.readouterr().out.partition("classes by IoU")[2]
+    rows = [line.replace("│", " ").split() for line in table.splitlines() if "│" in line]
+    assert rows == [
+        ["tree", "100.00", "100.00", "1,234", "1,234"],
+        ["wall", "85.71", "90.00", "100", "95"],
+        ["sky", "25.00", "50.00", "10", "15"],
+        ["sea", "-", "-", "0", "0"],
+    ]
 
 
 @pytest.mark.parametrize("training", [True, False])

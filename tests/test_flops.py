@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fcn_dist.config import ModelConfig
+from fcn_dist.model.auxiliary import add_auxiliary_heads
 from fcn_dist.model.fcn import FCN
 from fcn_dist.model.flops import training_flops
 
@@ -31,3 +32,16 @@ def test_a_step_is_what_torch_counts(config: ModelConfig, size: tuple[int, int])
     with FlopCounterMode(display=False) as counter:
         model(images, coarse=True).sum().backward()
     assert 2 * training_flops(model, size) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "config", [ModelConfig(width=0.25), ModelConfig(width=0.25, variant="fcn32s", frozen_stages=3)]
+)
+def test_auxiliary_heads_count_too(config: ModelConfig) -> None:
+    with torch.device("meta"):
+        model = FCN(151, replace(config, dropout=0.0)).train()
+        add_auxiliary_heads(model)
+        images = torch.zeros(2, 64, 80, 3)
+    with FlopCounterMode(display=False) as counter:
+        sum(scores.sum() for scores in model(images, coarse=True, auxiliary=True)).backward()
+    assert 2 * training_flops(model, (64, 80)) == counter.get_total_flops()

@@ -74,7 +74,7 @@ def test_the_gradient_is_that_of_the_whole_global_batch(kind: Any) -> None:
         )
         check: Any = SimpleNamespace(watch=lambda loss: loss)
         layers: Any = SimpleNamespace(look=seen.append)
-        meter: Any = SimpleNamespace(add_loss=logged.append)
+        meter: Any = SimpleNamespace(add_losses=logged.extend)
         loop.accumulate(job, engine, check, meter, PhaseClock(0), layers, 1, labelled, some)
 
     wanted = engine.scores.detach().clone().requires_grad_()

@@ -179,6 +179,10 @@ def test_files_of_two_saves_are_not_mixed(files: Path) -> None:
     [
         (lambda module: module.pop("features.0.weight"), r"features\.0\.weight is missing"),
         (lambda module: module.update(extra=torch.zeros(1)), r"extra is not part of the model"),
+        (
+            lambda module: module.update({"auxiliary.pool4.bias": torch.zeros(5)}),
+            r"auxiliary\.pool3\.weight is missing",
+        ),
         (lambda module: module.update({"features.0.weight": torch.zeros(2)}), r"is \(2,\), not \(8, 3, 3, 3\)"),
     ],
 )

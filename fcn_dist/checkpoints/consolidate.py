@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fcn_dist.checkpoints.savedfiles import SavedFiles, of_deepspeeds_form, open_files
 from fcn_dist.checkpoints.trainingstate import training_state
 from fcn_dist.errors import UserError, named
+from fcn_dist.model.auxiliary import PREFIX, head_shapes
+from fcn_dist.model.fcn import FCN
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,14 @@ class Consolidated:
     world_size: int
     deepspeed_version: str
     rounded: tuple[str, ...]  # parameters that the checkpoint keeps in 16 bits only
+    left_out: tuple[str, ...]  # parameters of auxiliary heads, which are in training alone
 
 
-def consolidate(folder: Path, model: nn.Module) -> Consolidated:
+def consolidate(folder: Path, model: FCN) -> Consolidated:
     """The state dict of `model` (whose own weights are not looked at) from DeepSpeed's files in `folder`.
 
-    Raises UserError unless every parameter and buffer is there, whole, in its shape, and nothing else is.
+    Auxiliary heads are left out. Raises UserError unless every parameter and buffer is there, whole, in its shape, and
+    nothing else is, of heads likewise if there are any.
     """
     files = open_files(folder)
     with of_deepspeeds_form(folder):
@@ -38,7 +42,11 @@ def consolidate(folder: Path, model: nn.Module) -> Consolidated:
         if files.stage < 3:
             _check_agreement(masters, files)
         state = {**{name: weight.joined() for name, weight in found.frozen.items()}, **masters, **found.buffers}
-        _check_complete(state, model, folder)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        heads = head_shapes(model) if any(name.startswith(PREFIX) for name in state) else {}
+        _check_complete(state, {**shapes, **heads}, folder)
+        for name in heads:
+            del state[name]
         parameters = [name for name, _ in model.named_parameters()]
         return Consolidated(
             {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()},
@@ -46,6 +54,7 @@ def consolidate(folder: Path, model: nn.Module) -> Consolidated:
             files.world_size,
             files.deepspeed_version,
             tuple(name for name in parameters if state[name].dtype in (torch.bfloat16, torch.float16)),
+            tuple(heads),
         )
 
 
@@ -66,8 +75,7 @@ def _check_agreement(masters: Mapping[str, Tensor], files: SavedFiles) -> None:
         )
 
 
-def _check_complete(state: Mapping[str, Tensor], model: nn.Module, folder: Path) -> None:
-    needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+def _check_complete(state: Mapping[str, Tensor], needed: Mapping[str, tuple[int, ...]], folder: Path) -> None:
     problems = [f"{name} is missing" for name in needed if name not in state]
     problems += [f"{name} is not part of the model" for name in state if name not in needed]
     problems += [

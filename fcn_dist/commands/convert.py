@@ -87,6 +87,8 @@ def _print_summary(conversion: Conversion, dtype: str) -> None:
             f"note        DeepSpeed kept {len(conversion.rounded)} parameters in 16 bits only, so float32 gains them "
             f"nothing: {named(list(conversion.rounded))}"
         )
+    if conversion.left_out:
+        console.print(f"left out    {named(list(conversion.left_out))}, which are in training alone")
     console.print(
         f"checked     {agreement.scores:,} scores of the probe image against the training engine's, in "
         f"{agreement.arithmetic}: largest difference {agreement.difference:.2g} of the largest score, "
@@ -103,6 +105,7 @@ def _as_dict(conversion: Conversion, dtype: str) -> dict[str, object]:
         "step": conversion.checkpoint.state.step,
         "passed_over": {str(damage.dir): damage.reason for damage in conversion.passed_over},
         "kept_in_16_bits": list(conversion.rounded),
+        "left_out": list(conversion.left_out),
         "parameters": conversion.parameters,
         "dtype": dtype,
         "arithmetic": agreement.arithmetic,

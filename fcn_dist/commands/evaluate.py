@@ -18,6 +18,7 @@ from fcn_dist.commands.views import add_views, views_of
 from fcn_dist.console import console, status_console
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.transforms import decode
+from fcn_dist.deploy.confusion import draw_confusion
 from fcn_dist.deploy.modelfile import read_model_file
 from fcn_dist.deploy.pictures import Row, distinct, sheet, write_png
 from fcn_dist.errors import UserError
@@ -33,6 +34,7 @@ from fcn_dist.scoring.evaluate import best_outputs, check_classes, evaluate, sco
 from fcn_dist.scoring.metrics import Scores
 
 SHEET_SCENES = 6
+CONFUSION_FORMS = (".csv", ".png")
 
 
 def main(argv: list[str]) -> None:
@@ -48,8 +50,8 @@ def main(argv: list[str]) -> None:
         report(scores, name)
         if options.json:
             write_text(options.json, json.dumps({"model": name, **scores.as_dict()}) + "\n")
-        if options.confusion:
-            write_text(options.confusion, confusion_csv(scores))
+        for path in options.confusion:
+            write_confusion(path, scores)
         if options.sheet:
             draw_sheet(model, shard_set, options.sheet, views)
             console.print(f"sheet: {options.sheet}")
@@ -73,7 +75,14 @@ def _parser() -> argparse.ArgumentParser:
     add_views(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="score the first N samples alone, and say so")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write scores, classes and confusion matrix")
-    parser.add_argument("--confusion", type=Path, metavar="CSV", help="write the confusion matrix, rows truth")
+    parser.add_argument(
+        "--confusion",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="write the confusion matrix, rows truth: pixels to .csv, a picture of shares to .png (repeatable)",
+    )
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw image, truth and prediction of some scenes")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser
@@ -83,7 +92,13 @@ def _checked(options: argparse.Namespace) -> Views:
     """How to look at images; raises UserError for what can be seen to be wrong before anything is read."""
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit is {options.limit}; 1 sample or more is needed")
-    for path in filter(None, (options.json, options.confusion, options.sheet)):
+    for path in options.confusion:
+        if path.suffix not in CONFUSION_FORMS:
+            raise UserError(
+                f"--confusion {path} ends in {path.suffix or 'nothing'!r}; .csv (pixels) or .png (a picture of shares) "
+                "is needed; rename it"
+            )
+    for path in filter(None, (options.json, *options.confusion, options.sheet)):
         if not path.parent.is_dir():
             raise UserError(
                 f"{path} cannot be written: there is no folder {path.parent}; make it, or give another path"
@@ -139,6 +154,14 @@ def start_ranks(rank: Rank) -> None:
         keep_freed_memory()
     if rank.world_size > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def write_confusion(path: Path, scores: Scores) -> None:
+    """In the form that the name's end says."""
+    if path.suffix == ".csv":
+        write_text(path, confusion_csv(scores))
+    else:
+        write_png(path, draw_confusion(scores.confusion, [row.name for row in scores.classes]))
 
 
 def confusion_csv(scores: Scores) -> str:

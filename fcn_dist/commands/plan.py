@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     images = options.micro_batch or max(1, -(-(recipe.train.global_batch or options.gpus) // options.gpus))
     outputs = options.classes + recipe.data.score_other
-    model = without_content(recipe.model, outputs)
+    model = without_content(recipe.model, outputs, recipe.train.auxiliary > 0)
     links = Links(parse_size(options.link), parse_size(options.network), options.gpus_per_host)
     weights = Weights.of(model)
     rows = plan(recipe, outputs, weights, options.gpus, memory, images)

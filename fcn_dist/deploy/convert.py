@@ -52,6 +52,7 @@ class Conversion:
     checkpoint: Checkpoint
     passed_over: tuple[Damage, ...]  # newer checkpoints that are damaged
     rounded: tuple[str, ...]  # parameters that the checkpoint kept in 16 bits only
+    left_out: tuple[str, ...]  # parameters of auxiliary heads, which are in training alone
     parameters: int
     agreement: Agreement
 
@@ -86,7 +87,7 @@ def convert(
                 f"and at most {agreement.tolerance:.2g} is rounding; nothing was written; convert another --step"
             )
     parameters = sum(tensor.numel() for tensor in state.values())
-    return Conversion(out, checkpoint, tuple(passed_over), weights.rounded, parameters, agreement)
+    return Conversion(out, checkpoint, tuple(passed_over), weights.rounded, weights.left_out, parameters, agreement)
 
 
 def _description(checkpoint: Checkpoint) -> ModelDescription:

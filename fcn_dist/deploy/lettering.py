@@ -27,7 +27,7 @@ def draw_caption(text: str, width: int, text_size: int, *, bold: bool = False) -
     draw = ImageDraw.Draw(canvas)
     # Pillow's own font has one weight; a thin stroke makes it heavier.
     stroke = 0.4 if bold else 0
-    draw.text((1, 0), text, TEXT if bold else FAINT_TEXT, _font(text_size), stroke_width=stroke)
+    draw.text((1, 0), text, TEXT if bold else FAINT_TEXT, font(text_size), stroke_width=stroke)
     return np.asarray(canvas)
 
 
@@ -41,9 +41,9 @@ def draw_legend(
 ) -> NDArray[np.uint8]:
     """A legend in as many columns as a greatest height, or a greatest width, asks for; at least one."""
     line, gap = round(text_size * 1.55), round(text_size * 0.55)
-    name_width = _widest([entry.name for entry in entries], text_size)
+    name_width = widest([entry.name for entry in entries], text_size)
     number_widths = [
-        _widest([*numbers, *headings[i : i + 1]], text_size) + 2 * gap
+        widest([*numbers, *headings[i : i + 1]], text_size) + 2 * gap
         for i, numbers in enumerate(zip(*(entry.numbers for entry in entries), strict=True))
     ]
     column = text_size + gap + name_width + sum(number_widths)
@@ -63,7 +63,7 @@ def draw_legend(
         if headings and number % rows == 0:
             _draw_numbers(draw, headings, number_widths, (left + column, 0), text_size)
         _draw_swatch(draw, entry, (left, top + (line - text_size) // 2), text_size)
-        draw.text((left + text_size + gap, top + line / 2), entry.name, TEXT, _font(text_size), anchor="lm")
+        draw.text((left + text_size + gap, top + line / 2), entry.name, TEXT, font(text_size), anchor="lm")
         _draw_numbers(draw, entry.numbers, number_widths, (left + column, top), text_size)
     return np.asarray(canvas)
 
@@ -84,16 +84,16 @@ def _draw_numbers(
     """Right-aligned columns that end at the corner's x."""
     right, top = corner
     for number, width in zip(reversed(numbers), reversed(widths), strict=True):
-        draw.text((right, top + text_size * 0.775), number, FAINT_TEXT, _font(text_size), anchor="rm")
+        draw.text((right, top + text_size * 0.775), number, FAINT_TEXT, font(text_size), anchor="rm")
         right -= width
 
 
-def _widest(texts: Sequence[str], text_size: int) -> int:
-    return max(round(_font(text_size).getlength(text)) for text in texts)
+def widest(texts: Sequence[str], text_size: int) -> int:
+    return max(round(font(text_size).getlength(text)) for text in texts)
 
 
 @lru_cache(maxsize=8)
-def _font(text_size: int) -> ImageFont.FreeTypeFont:
+def font(text_size: int) -> ImageFont.FreeTypeFont:
     font = ImageFont.load_default(text_size)
     assert isinstance(font, ImageFont.FreeTypeFont)
     return font

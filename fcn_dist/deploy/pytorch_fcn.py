@@ -18,9 +18,10 @@ from fcn_dist.errors import UserError, named
 from fcn_dist.files import replacing
 from fcn_dist.model import reference
 from fcn_dist.model.description import ModelDescription
-from fcn_dist.model.fcn import AT_ONCE_SCALES, HEAD_CHANNELS, STAGE_CHANNELS, STAGE_CONVOLUTIONS, torch_dtype
+from fcn_dist.model.fcn import HEAD_CHANNELS, STAGE_CHANNELS, STAGE_CONVOLUTIONS, torch_dtype
 from fcn_dist.model.preprocess import Preprocessing
 from fcn_dist.model.pretrained import read_state
+from fcn_dist.model.score import AT_ONCE_SCALES
 from fcn_dist.palette import palette
 
 # What its data sets subtract, blue first.
@@ -196,7 +197,7 @@ def by_layers(state: Mapping[str, Tensor], image_1HW3: Tensor, variant: str, at_
         x = pooled[stage] = F.max_pool2d(x, 2, 2, ceil_mode=True)
     scores = layer("score_fr", layer("fc7", layer("fc6", x).relu()).relu())
     *inner, (last, stride) = DECONVOLUTIONS[variant]
-    scales = dict(zip(reference.SKIP_CROPS, AT_ONCE_SCALES if at_once else (1.0, 1.0), strict=True))
+    scales = AT_ONCE_SCALES if at_once else dict.fromkeys(reference.SKIP_CROPS, 1.0)
     for (name, _), stage in zip(inner, SKIPS[variant], strict=True):
         scores = F.conv_transpose2d(scores, state[f"{name}.weight"], stride=2)
         skip = layer(f"score_pool{stage}", pooled[stage] * scales[stage])

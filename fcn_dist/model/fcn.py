@@ -12,7 +12,6 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fcn_dist.config import BACKBONES, ModelConfig
 from fcn_dist.model import reference
@@ -21,6 +20,7 @@ from fcn_dist.model.dropout import drawn_keys, relu_dropout
 from fcn_dist.model.preprocess import TORCHVISION, Preprocessing, normalise
 from fcn_dist.model.recompute import recomputed
 from fcn_dist.model.relupool import POOLS, ReLUAveragePool, ReLUPool
+from fcn_dist.model.score import Score, at_once_scale
 from fcn_dist.model.upsampling import upsample
 
 # Convolutions and their channels in each of the five stages (Simonyan & Zisserman 2015, table 1, D and E).
@@ -33,8 +33,6 @@ SKIP_STAGES = (4, 3)  # whose pooled maps are scored as well, coarsest first
 # that summing their gradients would cost more than their activations are worth.
 EARLY_STAGES = 3
 STRIDES = {"fcn8s": 8, "fcn16s": 16, "fcn32s": 32}
-# The at-once form's fixed scales, for pool4 and pool3 (voc-fcn8s-atonce/net.py of the Caffe release).
-AT_ONCE_SCALES = (0.01, 0.0001)
 
 BATCH_NORM = "_bn"  # ends the names of backbones that have it
 
@@ -68,9 +66,10 @@ class FCN(nn.Module):
         self.fc6 = nn.Conv2d(channels[4], head, 7, padding=0 if self.is_reference else 3)
         self.fc7 = nn.Conv2d(head, head, 1)
         self.score_fr = nn.Conv2d(head, num_outputs, 1)
-        scale4, scale3 = AT_ONCE_SCALES if config.at_once else (1.0, 1.0)
+        scale4, scale3 = (at_once_scale(config, stage) for stage in SKIP_STAGES)
         self.score_pool4 = Score(channels[3], num_outputs, scale4) if self.stride <= 16 else None
         self.score_pool3 = Score(channels[2], num_outputs, scale3) if self.stride <= 8 else None
+        self.auxiliary: nn.ModuleDict | None = None  # heads that training may add; see auxiliary.py
         # In training, see recompute.py: how many of the first stages, and images at once in the early ones (0: all).
         self.recompute_stages, self.recompute_images = 0, 0
         self._compiled: list[Callable[[Tensor], Tensor]] = []  # by stage; see compile_stages
@@ -109,16 +108,23 @@ class FCN(nn.Module):
             layer.eval()
         return self
 
-    def forward(self, images_BHW3: Tensor, coarse: bool = False, dropout_keys: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self,
+        images_BHW3: Tensor,
+        coarse: bool = False,
+        dropout_keys: Sequence[int] | None = None,
+        auxiliary: bool = False,
+    ) -> Tensor | tuple[Tensor, ...]:
         """Scores (B, C, H, W) of RGB images in 0-255 (uint8 or floating), or of all cells, (B, C, h, w), if `coarse`.
 
         In training mode, dropout draws from `dropout_keys`, one 64-bit key an image; None: keys from torch's global
-        generator.
+        generator. With `auxiliary`, a tuple: also the scores of the auxiliary heads, of the cells of pool3 and pool4.
         """
         size = (images_BHW3.shape[1], images_BHW3.shape[2])
         if dropout_keys is None:
             dropout_keys = drawn_keys(len(images_BHW3)) if self.training and self.config.dropout else []
         skips: dict[int, Tensor] = {}
+        of_heads: list[Tensor] = []
         x, stages = images_BHW3, self.stages()
         for numbers in self.parts():
             layers = [layer for number in numbers for layer in stages[number - 1]]
@@ -127,9 +133,13 @@ class FCN(nn.Module):
             if score is not None:
                 # At once: backward goes the other way, and would otherwise hold its gradient through the whole head.
                 skips[numbers[-1]] = score(x)
+            if auxiliary and self.auxiliary is not None and numbers[-1] in SKIP_STAGES:
+                of_heads.append(self.auxiliary[f"pool{numbers[-1]}"](x))
         x = self.run(lambda x: self.head(x, dropout_keys), [self.fc6, self.fc7], x, HEAD_STAGE)
         scores = (reference.fuse if self.is_reference else fuse)(self.score_fr(x), skips)
-        return scores if coarse else upsample(scores, size, self.stride, self.offset)
+        if not coarse:
+            scores = upsample(scores, size, self.stride, self.offset)
+        return (scores, *of_heads) if auxiliary else scores
 
     def stages(self) -> list[list[nn.Module]]:
         """The layers of the trunk's five stages."""
@@ -184,7 +194,7 @@ class FCN(nn.Module):
     @property
     def new_layers(self) -> tuple[str, ...]:
         """Prefixes of the parameters that a classifier's convolutions do not provide."""
-        return ("fc6.", "fc7.", "score_")
+        return ("fc6.", "fc7.", "score_", "auxiliary.")
 
 
 def fuse(scores: Tensor, skips: Mapping[int, Tensor]) -> Tensor:
@@ -193,21 +203,6 @@ def fuse(scores: Tensor, skips: Mapping[int, Tensor]) -> Tensor:
         if stage in skips:
             scores = upsample(scores, (skips[stage].shape[2], skips[stage].shape[3]), 2) + skips[stage]
     return scores
-
-
-class Score(nn.Conv2d):
-    """The scores of a skip: a 1x1 convolution of its map times a fixed scale, applied where there is less to hold."""
-
-    def __init__(self, channels: int, num_outputs: int, scale: float) -> None:
-        super().__init__(channels, num_outputs, 1)
-        self.scale = scale
-
-    def forward(self, x_BChw: Tensor) -> Tensor:
-        """(B, C, h, w)."""
-        if self.scale == 1:
-            return super().forward(x_BChw)
-        assert self.bias is not None
-        return torch.add(self.bias[:, None, None], F.conv2d(x_BChw, self.weight), alpha=self.scale)
 
 
 def build_trunk(backbone: str, channels: Sequence[int], padding: int, pooling: str) -> nn.Sequential:

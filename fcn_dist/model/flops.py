@@ -53,6 +53,12 @@ def convolutions(model: FCN, size: tuple[int, int]) -> Iterator[Use]:
     for layer in (model.fc6, model.fc7, model.score_fr):
         yield Use(layer, height * width, trained)
         trained = trained or layer.weight.requires_grad
-    for score, (cells, passes_gradient) in ((model.score_pool4, pools[3]), (model.score_pool3, pools[2])):
-        if score is not None:
+    of_pools: list[tuple[nn.Module | None, tuple[int, bool]]] = [
+        (model.score_pool4, pools[3]),
+        (model.score_pool3, pools[2]),
+    ]
+    if model.auxiliary is not None:
+        of_pools += [(model.auxiliary["pool4"], pools[3]), (model.auxiliary["pool3"], pools[2])]
+    for score, (cells, passes_gradient) in of_pools:
+        if isinstance(score, nn.Conv2d):
             yield Use(score, cells, passes_gradient)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fcn_dist.config import ModelConfig, Recipe
+from fcn_dist.model.auxiliary import HEAD_STRIDES, add_auxiliary_heads, head_offset
 from fcn_dist.model.fcn import FCN
 from fcn_dist.model.loss import SummedCrossEntropy, placed, saved_dtype, tiled_loss_and_gradient
 from fcn_dist.model.upsampling import tiles
@@ -65,7 +66,10 @@ def footprint(recipe: Recipe, outputs: int, precision: torch.dtype, recompute_st
     train, data = recipe.train, recipe.data
     smallest = max(SMALLEST, train.recompute_images)
     sizes = (smallest, 2 * smallest)
-    options = (recipe.model, outputs, data.crop, bool(data.jitter), precision, recompute_stages, train.recompute_images)
+    options = (
+        *(recipe.model, outputs, train.auxiliary > 0, data.crop, bool(data.jitter)),
+        *(precision, recompute_stages, train.recompute_images),
+    )
     return Footprint(rehearsed(sizes[0], *options), rehearsed(sizes[1], *options), sizes)
 
 
@@ -74,6 +78,7 @@ def rehearsed(
     images: int,
     config: ModelConfig,
     outputs: int,
+    auxiliary: bool,
     crop: tuple[int, int],
     jittered: bool,
     precision: torch.dtype,
@@ -82,7 +87,7 @@ def rehearsed(
 ) -> Step:
     """A step of `images` images, taken with fake tensors."""
     with FakeTensorMode(), default_dtype(precision):
-        model = FCN(outputs, config)
+        model = build(config, outputs, auxiliary)
         model.recompute_stages, model.recompute_images = recompute_stages, recompute_images
         with default_dtype(torch.float32):
             tracker = Tracker(model)
@@ -92,13 +97,20 @@ def rehearsed(
             with tracker:
                 if jittered:
                     pixels = jitter(pixels, torch.ones(images, 3))
-                scores = model(pixels, coarse=True, dropout_keys=range(images))
-                targets = placed(labels, scores, model.stride, model.offset)
-                loss: Tensor = RehearsedLoss.apply(scores, targets, model.stride)  # type: ignore[no-untyped-call]
+                scores, *of_heads = model(pixels, coarse=True, dropout_keys=range(images), auxiliary=True)
+                losses = [rehearsed_loss(scores, labels, model.stride, model.offset)]
+                for coarse, stride in zip(of_heads, HEAD_STRIDES.values(), strict=False):  # no heads, no scores
+                    losses.append(rehearsed_loss(coarse, labels, stride, head_offset(config)))
                 tracker.begin_part()
-                loss.backward()  # type: ignore[no-untyped-call]
+                torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
                 tracker.begin_part()
     return Step(*tracker.moments)
+
+
+def rehearsed_loss(coarse: Tensor, labels: Tensor, stride: int, offset: int) -> Tensor:
+    """As `summed_cross_entropy`."""
+    loss: Tensor = RehearsedLoss.apply(coarse, placed(labels, coarse, stride, offset), stride)  # type: ignore[no-untyped-call]
+    return loss
 
 
 class RehearsedLoss(SummedCrossEntropy):
@@ -167,10 +179,18 @@ class Tracker(TorchDispatchMode):
         return result
 
 
-def without_content(config: ModelConfig, outputs: int) -> FCN:
+def without_content(config: ModelConfig, outputs: int, auxiliary: bool = False) -> FCN:
     """A network whose weights have sizes alone."""
     with FakeTensorMode():
-        return FCN(outputs, config)
+        return build(config, outputs, auxiliary)
+
+
+def build(config: ModelConfig, outputs: int, auxiliary: bool) -> FCN:
+    """A network, with auxiliary heads if it is to have them."""
+    model = FCN(outputs, config)
+    if auxiliary:
+        add_auxiliary_heads(model)
+    return model
 
 
 @contextmanager

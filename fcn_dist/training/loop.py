@@ -4,7 +4,6 @@ from functools import partial
 
 from fcn_dist.data.loader import Batch
 from fcn_dist.keys import key64
-from fcn_dist.model.loss import summed_cross_entropy
 from fcn_dist.progress import TrainingProgress
 from fcn_dist.training.augment import to_device
 from fcn_dist.training.engine import Engine, backward, set_learning_rate
@@ -14,6 +13,7 @@ from fcn_dist.training.job import Job
 from fcn_dist.training.keeper import Keeper
 from fcn_dist.training.layers import LayerReport
 from fcn_dist.training.meter import Meter
+from fcn_dist.training.objective import summed_losses
 from fcn_dist.training.pace import PaceReport
 from fcn_dist.training.phases import Phase, PhaseClock
 from fcn_dist.training.runfolder import Journal
@@ -96,14 +96,13 @@ def accumulate(
         clock.enter(Phase.FORWARD)
         images, targets = to_device(batch, job.recipe.data, job.recipe.train.seed, job.device)
         dropout_keys = [key64(job.recipe.train.seed, position) for position in batch.positions]
-        scores = engine(images, coarse=True, dropout_keys=dropout_keys)
-        loss = summed_cross_entropy(scores, targets, job.stride, job.offset)
+        losses = summed_losses(engine, job, images, targets, dropout_keys)
         clock.enter(Phase.BACKWARD)
-        backward(engine, check.watch(loss) * scale)
+        backward(engine, check.watch(losses.total(job.recipe.train.auxiliary)) * scale)
         if number == len(micro_batches):
             layers.look(done)
         engine.step()
-        meter.add_loss(loss.detach() / labelled)
+        meter.add_losses(losses.shares(labelled))
 
 
 def due(done: int, every: int, steps: int) -> bool:

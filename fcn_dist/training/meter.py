@@ -20,15 +20,18 @@ class Meter:
 
     device: torch.device
     clock: PhaseClock
-    _losses: list[torch.Tensor] = field(default_factory=list)  # of finite steps
-    _of_this_step: list[torch.Tensor] = field(default_factory=list)
+    _losses: list[list[torch.Tensor]] = field(default_factory=list)  # of finite steps
+    _of_this_step: list[list[torch.Tensor]] = field(default_factory=list)
     _steps: int = 0
     _not_finite: int = 0  # of these steps
     _before: tuple[float, float] = (0.0, 0.0)
 
-    def add_loss(self, share: torch.Tensor) -> None:
-        """One micro-batch's share of a global batch's loss; stays on the device until it is read."""
-        self._of_this_step.append(share)
+    def add_losses(self, shares: list[torch.Tensor]) -> None:
+        """One micro-batch's share of a global batch's loss, and of that of the auxiliary heads if there are any.
+
+        Both stay on the device until they are read.
+        """
+        self._of_this_step.append(shares)
 
     def forget_step(self) -> None:
         """The step is done again from the start."""
@@ -45,9 +48,9 @@ class Meter:
 
     def read(self, job: Job, engine: Engine, done: int, rate: float) -> dict[str, Any]:
         """The figures over all ranks, and a fresh start. All ranks call it."""
-        losses = torch.stack(self._losses or [torch.zeros((), device=self.device)])
+        losses = [torch.stack(shares).sum() for shares in zip(*self._losses, strict=True)]
         # Waits for the device, so that the time below is the steps' own.
-        loss = float(sum_over_ranks(losses.sum(), job.rank))
+        sums = [float(sum_over_ranks(loss, job.rank)) for loss in losses]
         finite = self._steps - self._not_finite
         self.clock.enter(Phase.LOGGING)  # which adds up the seconds until now
         elapsed, waited = (now - before for now, before in zip(self._seconds(), self._before, strict=True))
@@ -57,7 +60,8 @@ class Meter:
         norm = gradient_norm(engine)
         figures = {
             "epoch": done * job.config.plan.global_batch / job.stream.num_samples,
-            "loss": loss / finite if finite else None,
+            "loss": sums[0] / finite if finite else None,
+            **({"auxiliary_loss": sums[1] / finite if finite else None} if job.recipe.train.auxiliary else {}),
             "not_finite_steps": self._not_finite,
             "learning_rate": rate,
             "gradient_norm": norm if norm is not None and math.isfinite(norm) else None,

@@ -16,6 +16,7 @@ from fcn_dist.data.stream import SampleStream
 from fcn_dist.data.upcoming import check_cache_limit
 from fcn_dist.errors import EXIT_REQUEUE, EarlyEnd, UserError
 from fcn_dist.keys import Purpose, key64
+from fcn_dist.model.auxiliary import add_auxiliary_heads
 from fcn_dist.model.description import ModelDescription
 from fcn_dist.model.fcn import FCN
 from fcn_dist.model.preprocess import Preprocessing
@@ -222,6 +223,8 @@ def build_model(recipe: Recipe, shard_set: ShardSet) -> tuple[FCN, ModelDescript
     model = description.build()
     model.recompute_stages, model.recompute_images = recipe.train.recompute_stages, recipe.train.recompute_images
     filled = load_weights(model, weights, str(recipe.model.weights)) if weights else []
+    if recipe.train.auxiliary:
+        add_auxiliary_heads(model)
     return model, description, filled
 
 
