@@ -130,6 +130,9 @@ def test_an_override_below_a_value_of_the_file_says_so(tmp_path: Path) -> None:
         ("schedule.final_fraction", "1.5"),
         ("schedule.warmup_steps", "-1"),
         ("train.global_batch", "0"),
+        ("train.ema", "0"),
+        ("train.ema", "1"),
+        ("train.ema", ".nan"),
     ],
 )
 def test_a_value_of_the_wrong_kind_or_size_is_refused_naming_its_key(key: str, value: str) -> None:
