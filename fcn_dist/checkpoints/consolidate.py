@@ -6,13 +6,17 @@ Frozen parameters have no masters, so that under bf16 and fp16 their weights com
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fcn_dist.checkpoints.savedfiles import SavedFiles, of_deepspeeds_form, open_files
-from fcn_dist.checkpoints.trainingstate import training_state
+from fcn_dist.checkpoints.trainingstate import AVERAGE_KEY, Trained, training_state
 from fcn_dist.errors import UserError, named
+
+Weights = Literal["trained", "averaged"]
+WEIGHTS = get_args(Weights)
 
 
 @dataclass(frozen=True)
@@ -20,16 +24,18 @@ class Consolidated:
     """All weights of a checkpoint, and where they came from."""
 
     state: dict[str, Tensor]  # parameters and floating buffers in float32
+    weights: Weights
     stage: int
     world_size: int
     deepspeed_version: str
     rounded: tuple[str, ...]  # parameters that the checkpoint keeps in 16 bits only
 
 
-def consolidate(folder: Path, model: nn.Module) -> Consolidated:
+def consolidate(folder: Path, model: nn.Module, weights: Weights | None = None) -> Consolidated:
     """The state dict of `model` (whose own weights are not looked at) from DeepSpeed's files in `folder`.
 
-    Raises UserError unless every parameter and buffer is there, whole, in its shape, and nothing else is.
+    The weights are the averaged ones where there are any, unless `weights` says which. Raises UserError unless every
+    parameter and buffer is there, whole, in its shape, and nothing else is.
     """
     files = open_files(folder)
     with of_deepspeeds_form(folder):
@@ -37,16 +43,33 @@ def consolidate(folder: Path, model: nn.Module) -> Consolidated:
         masters = {name: trained.master.joined() for name, trained in found.trained.items()}
         if files.stage < 3:
             _check_agreement(masters, files)
+        chosen = weights or ("averaged" if _has_averages(found.trained) else "trained")
+        if chosen == "averaged":
+            masters = _averages(found.trained, folder)
         state = {**{name: weight.joined() for name, weight in found.frozen.items()}, **masters, **found.buffers}
         _check_complete(state, model, folder)
         parameters = [name for name, _ in model.named_parameters()]
         return Consolidated(
             {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()},
+            chosen,
             files.stage,
             files.world_size,
             files.deepspeed_version,
             tuple(name for name in parameters if state[name].dtype in (torch.bfloat16, torch.float16)),
         )
+
+
+def _has_averages(trained: Mapping[str, Trained]) -> bool:
+    return any(AVERAGE_KEY in one.tensors for one in trained.values())
+
+
+def _averages(trained: Mapping[str, Trained], folder: Path) -> dict[str, Tensor]:
+    if not _has_averages(trained):
+        raise UserError(
+            f"{folder} holds no averaged weights; a run with train.ema is needed for those; take its trained ones, or "
+            "a step after train.ema was set"
+        )
+    return {name: one.tensors[AVERAGE_KEY].joined() for name, one in trained.items()}
 
 
 def _check_agreement(masters: Mapping[str, Tensor], files: SavedFiles) -> None:
