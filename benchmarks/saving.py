@@ -98,14 +98,17 @@ def background(out: str, width: float) -> dict[str, Any]:
 def _ours(out: str, width: float, in_background: bool) -> dict[str, Any]:
     from fcn_dist.checkpoints.commit import commit, prepare
     from fcn_dist.checkpoints.store import CheckpointState
-    from fcn_dist.training.engine import take_state
+    from fcn_dist.training.average import WeightAverage
+    from fcn_dist.training.state import take_state
     from fcn_dist.training.writing import Writing
 
     one = trained(width)
     took = [_timed(one.step) for _ in range(3)]
     began = perf_counter()
     folder = prepare(Path(out), 1)
-    writing = Writing(take_state(one.engine, folder, is_first_rank=True), in_background)
+    writing = Writing(
+        take_state(one.engine, WeightAverage(one.engine, None), folder, is_first_rank=True), in_background
+    )
     stalled = perf_counter() - began
     meanwhile = []
     while not writing.over:

@@ -121,6 +121,8 @@ class TrainConfig:
     recompute_stages: int = 0  # first stages of the network (5 of the trunk, 6: fc6 and fc7) computed again in backward
     recompute_images: int = 8  # at once, in stages 1 to 3; 0: the whole micro-batch
     compile: bool = False  # layers between poolings by torch.compile
+    # Decay of an exponential moving average of the weights, such as 0.999, which evaluation scores; None: no average.
+    ema: float | None = None
 
     def __post_init__(self) -> None:
         _check(
@@ -136,6 +138,7 @@ class TrainConfig:
         _check(0 <= self.recompute_stages <= 6, "train.recompute_stages", self.recompute_stages, "0 to 6 stages")
         _check(self.recompute_images >= 0, "train.recompute_images", self.recompute_images, "0 or more images")
         _check(self.max_skipped_steps >= 0, "train.max_skipped_steps", self.max_skipped_steps, "0 or more steps")
+        _check(self.ema is None or 0 < self.ema < 1, "train.ema", self.ema, "a decay within (0, 1), or null")
 
 
 @dataclass(frozen=True)

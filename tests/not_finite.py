@@ -37,7 +37,7 @@ RECIPE = {
     "data": {"crop": [32, 40], "workers": 0},
     "model": {"width": 0.0625, "head_width": 24, "dropout": 0.3},
     "schedule": {"steps": 4, "learning_rate": 0.002, "bias_multiplier": 2},
-    "train": {"seed": 5},
+    "train": {"seed": 5, "ema": 0.9},
     "evaluate": {"at_end": False},
     "log": {"every": 1},
 }

@@ -26,10 +26,12 @@ from fcn_dist.checkpoints.store import CheckpointState
 from fcn_dist.commands.ranks import among_ranks
 from fcn_dist.config import Recipe, ScheduleConfig
 from fcn_dist.model.fcn import FCN
+from fcn_dist.training.average import WeightAverage
 from fcn_dist.training.collective import start_ranks
 from fcn_dist.training.deepspeed_config import EngineConfig, resolve
-from fcn_dist.training.engine import build_engine, set_learning_rate, take_state
+from fcn_dist.training.engine import build_engine, set_learning_rate
 from fcn_dist.training.schedule import parameter_groups
+from fcn_dist.training.state import take_state
 from fcn_dist.training.writing import Writing
 
 FROZEN = ("features.0.weight", "features.2.bias")
@@ -58,12 +60,15 @@ def save(out: Path, case: str) -> None:
         parameter.requires_grad_(name not in FROZEN)
     groups = parameter_groups(model, ScheduleConfig(steps=2, bias_multiplier=2.0))
     engine = build_engine(model, config, groups)
+    average = WeightAverage(engine, 0.9)
+    average.begin()
     for step in range(2):
         set_learning_rate(engine, groups, 0.01)
         pixels = torch.Generator().manual_seed(step * world_size + rank)
         image = torch.randint(0, 256, (1, 40, 56, 3), generator=pixels).to(torch.uint8)
         engine.backward(engine(image, coarse=True).float().sub(1).square().mean())
         engine.step()
+        average.update()
     weights = gathered(engine, model)
     run_dir = out / case
     folder: list[Path | None] = [None]
@@ -72,7 +77,7 @@ def save(out: Path, case: str) -> None:
         folder = [prepare(run_dir, step=2)]
     dist.broadcast_object_list(folder)
     assert folder[0]
-    writing = Writing(take_state(engine, folder[0], rank == 0), background=False)
+    writing = Writing(take_state(engine, average, folder[0], rank == 0), background=False)
     written: list[dict[Path, WrittenFile]] = [{}] * world_size
     dist.all_gather_object(written, writing.files)
     if rank == 0:

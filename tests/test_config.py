@@ -132,6 +132,9 @@ def test_an_override_below_a_value_of_the_file_says_so(tmp_path: Path) -> None:
         ("train.global_batch", "0"),
         ("train.auxiliary", "-0.1"),
         ("train.auxiliary", ".nan"),
+        ("train.ema", "0"),
+        ("train.ema", "1"),
+        ("train.ema", ".nan"),
     ],
 )
 def test_a_value_of_the_wrong_kind_or_size_is_refused_naming_its_key(key: str, value: str) -> None:

@@ -45,15 +45,21 @@ def save_run(
     bias: float = 0.5,
     edit_probe: Edit = dict,
     state: CheckpointState = STATE,
+    averaged: FCN | None = None,
 ) -> FCN:
-    """A committed checkpoint as one rank without ZeRO in float32 writes it; returns its network."""
+    """A committed checkpoint as one rank without ZeRO in float32 writes it; returns its network.
+
+    `averaged` is the network with its averaged weights, if it has any.
+    """
     model = tiny_network(seed=seed)
     model.get_parameter("fc7.bias").data[3] = bias
     folder = prepare(run_dir, step)
     content = {
         "module": model.state_dict(),
         "parameter_groups": [[name for name, _ in model.named_parameters()]],
-        "optimizer": {"state": {}},
+        "optimizer": {
+            "state": {n: {"ema": p.data} for n, p in enumerate(averaged.parameters())} if averaged else {},
+        },
         "buffer_names": [],
         "global_steps": step,
         "global_samples": step,
@@ -65,6 +71,8 @@ def save_run(
     torch.save(content, folder / "deepspeed" / "mp_rank_00_model_states.pt")
     with torch.inference_mode():
         probe = {"image": IMAGE, "scores": model(IMAGE, coarse=True).contiguous()}
+        if averaged:
+            probe["averaged_scores"] = averaged(IMAGE, coarse=True).contiguous()
     if changed := edit_probe(probe):
         save_file(changed, folder / "probe.safetensors", {"device": "cpu"})
     commit_folder(folder, replace(state, step=step))
@@ -85,7 +93,14 @@ def test_the_file_holds_the_weights_and_says_where_they_came_from(tmp_path: Path
     assert all(torch.equal(stored[name], tensor) for name, tensor in model.state_dict().items())
     _, info = read_model_file(tmp_path / "model.safetensors")
     assert info.description == DESCRIPTION
-    wanted = {"run": "run", "step": 1, "scores": {"mean_iou": 0.25}, "dtype": "float32", "zero_stage": 0}
+    wanted = {
+        "run": "run",
+        "step": 1,
+        "weights": "trained",
+        "scores": {"mean_iou": 0.25},
+        "dtype": "float32",
+        "zero_stage": 0,
+    }
     assert wanted.items() <= info.source.items()
 
 
@@ -150,6 +165,41 @@ def test_the_command_says_which_newer_checkpoint_was_passed_over_and_why(
     assert "largest difference" in printed and "0.0001 allowed" in printed
     assert json.loads(figures.read_text())["step"] == 1
     assert torch.equal(load_file(tmp_path / "model.safetensors")["fc7.bias"], older.get_parameter("fc7.bias"))
+
+
+def test_averaged_weights_are_taken_where_there_are_any_unless_the_trained_ones_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    averaged = tiny_network(seed=1)
+    trained = save_run(tmp_path / "run", averaged=averaged)
+    for more, network, weights in (
+        ([], averaged, "averaged"),
+        (["--weights", "averaged"], averaged, "averaged"),
+        (["--weights", "trained"], trained, "trained"),
+    ):
+        out = tmp_path / "model.safetensors"
+        command.main([str(tmp_path / "run"), str(out), "--overwrite", *more])
+        stored = load_file(out)
+        assert all(torch.equal(stored[name], tensor) for name, tensor in network.state_dict().items())
+        assert read_model_file(out)[1].source["weights"] == weights
+        assert f", its {weights} weights" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize("weights", ["trained", "averaged"])
+def test_each_kind_of_weights_is_proven_by_its_own_scores(tmp_path: Path, weights: Any) -> None:
+    def exchange(probe: dict[str, Any]) -> dict[str, Any]:
+        return {**probe, "scores": probe["averaged_scores"], "averaged_scores": probe["scores"]}
+
+    save_run(tmp_path / "run", edit_probe=exchange, averaged=tiny_network(seed=1))
+    with pytest.raises(UserError, match="does not give the scores that the training engine recorded"):
+        convert(tmp_path / "run", tmp_path / "model.safetensors", weights=weights)
+    assert_nothing_was_left(tmp_path)
+
+
+def test_averaged_weights_that_there_are_not_are_refused(tmp_path: Path) -> None:
+    save_run(tmp_path / "run")
+    with pytest.raises(UserError, match=r"holds no averaged weights; a run with train\.ema is needed"):
+        convert(tmp_path / "run", tmp_path / "model.safetensors", weights="averaged")
 
 
 def test_a_step_can_be_chosen(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ RECIPE = f"""
 data: {{crop: [32, 40], scale: [0.5, 1.5], jitter: 0.2, workers: 1}}
 model: {{width: 0.0625, head_width: 24, dropout: 0.3, frozen_stages: 2}}
 schedule: {{steps: {STEPS}, learning_rate: 0.002, warmup_steps: 2, bias_multiplier: 2, head_multiplier: 3}}
-train: {{global_batch: {GLOBAL_BATCH}, seed: {SEED}}}
+train: {{global_batch: {GLOBAL_BATCH}, seed: {SEED}, ema: 0.9}}
 evaluate: {{at_end: false}}
 checkpoint: {{every: 2, keep: 12}}
 log: {{every: 1}}
@@ -91,24 +91,25 @@ def figures(run: Path, key: str) -> list[Any]:
     return [line[key] for line in lines]
 
 
-def weights(run: Path, folder: Path) -> dict[str, torch.Tensor]:
+def weights(run: Path, folder: Path, which: str) -> dict[str, torch.Tensor]:
     path = folder / "model.safetensors"
-    assert run_script("convert", [str(run), str(path), "--overwrite"]) == 0
+    assert run_script("convert", [str(run), str(path), "--overwrite", "--weights", which]) == 0
     return dict(load_file(path))
 
 
 def assert_same_training(reference: Path, other: Path, losses: float, difference: float) -> None:
-    """Losses within `losses` of their size, final weights within `difference`."""
+    """Losses within `losses` of their size, final weights and their moving average within `difference`."""
     expected = trained(reference)
     for (step, _), images in trained(other).items():
         assert images == expected[step, 2], f"step {step}"
     runs = reference / "run", other / "run"
     first, second = (figures(run, "loss") for run in runs)
     worst = max(abs(a - b) / a for a, b in zip(first, second, strict=True))
-    left, right = weights(runs[0], reference), weights(runs[1], other)
-    apart = max(float((left[name] - right[name]).abs().max()) for name in left)
-    print(f"losses differ by {worst:.2g} of their size, weights by {apart:.2g}")
-    assert worst <= losses and apart <= difference
+    for which in ("trained", "averaged"):
+        left, right = weights(runs[0], reference, which), weights(runs[1], other, which)
+        apart = max(float((left[name] - right[name]).abs().max()) for name in left)
+        print(f"losses differ by {worst:.2g} of their size, {which} weights by {apart:.2g}")
+        assert worst <= losses and apart <= difference
     assert figures(runs[0], "learning_rate") == figures(runs[1], "learning_rate")
     assert len(set(first)) == STEPS
 

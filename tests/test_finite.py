@@ -65,6 +65,9 @@ def assert_skipped(rank: dict[str, Any], skipped: set[int]) -> None:
         assert step["not_finite"] == []
         # In step 1 there is no engine yet to take digests from.
         assert step["step"] == 1 or (step["before"] == step["after"]) == (step["step"] in skipped)
+    for step, following in itertools.pairwise(rank["steps"]):
+        # What moves between a step and the next is the average of the weights.
+        assert (step["after"] == following["before"]) == (step["step"] in skipped)
     assert rank["steps"][-1]["skipped"] == len(skipped)
 
 

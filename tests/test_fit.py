@@ -66,6 +66,15 @@ def test_where_the_whole_batch_fits_nothing_changes_and_little_of_it_needs_no_re
     assert plan_within(at_most(model, partition, recipe, 32), config, recipe, model) == config.plan
 
 
+def test_averaged_weights_leave_room_for_fewer_images(recipe: Recipe, model: FCN) -> None:
+    config = resolve(DEFAULT, recipe, 2)
+    memory = needed(config, recipe, model, 16) + 1
+    averaging = replace(recipe, train=replace(recipe.train, ema=0.999))
+    assert plan_within(memory, config, averaging, model).micro_batch < 16
+    share = 4 * Weights.of(model).all / 2
+    assert plan_within(memory + share, config, averaging, model).micro_batch == 16
+
+
 def test_no_room_for_one_image_is_an_error_with_both_sizes(recipe: Recipe, model: FCN) -> None:
     config = resolve(DEFAULT, recipe, 2)
     with pytest.raises(UserError, match=r"holds .*MB a rank for a micro-batch of one image of 96x96, and 1 MB may be"):

@@ -43,6 +43,15 @@ def test_what_adam_under_zero_holds(
     assert (found.parameters, found.gradients, found.optimizer) == pytest.approx((parameters, gradients, optimizer))
 
 
+@pytest.mark.parametrize(("stage", "more"), [(0, 4), (1, 1), (3, 1)])
+def test_averaged_weights_are_four_bytes_a_parameter_where_the_optimizer_is(stage: int, more: float) -> None:
+    plain, averaged = (
+        held(WEIGHTS, Partition(stage, "bfloat16", 4, averages=averages), steps().step(1)) for averages in (False, True)
+    )
+    assert (averaged.optimizer - plain.optimizer) / WEIGHTS.all == more
+    assert averaged.most - plain.most == averaged.optimizer - plain.optimizer
+
+
 def test_stage_1_keeps_whole_gradients_while_it_accumulates() -> None:
     found = held(WEIGHTS, Partition(1, "bfloat16", 4, accumulates=True), steps().step(1))
     assert found.gradients == 2 * WEIGHTS.all

@@ -27,7 +27,7 @@ SOURCES = [
     *(f"{precision}-{stage}" for precision in ("fp32", "bf16") for stage in range(4)),
     *(f"fp16-{stage}-dynamic" for stage in range(4)),
     *("bf16-1-accumulate", "bf16-2-roundrobin", "bf16-2-aligned", "fp32-1-elastic", "fp32-1-sgd"),
-    *("fp32-0-fused", "bf16-0-fused", "bf16-2-fused"),
+    *("fp32-0-fused", "bf16-0-fused", "bf16-2-fused", "bf16-2-offload", "bf16-3-offload"),
 ]
 SPECIAL_PAIRS = [
     # bf16 with float32 accumulation has an optimizer of its own.
@@ -73,12 +73,24 @@ def assert_the_engine_agrees(folder: Path, name: str) -> None:
     assert json.loads((folder / f"{name}.json").read_text())["rounded"], name
 
 
+def assert_averaged(folder: Path, name: str) -> None:
+    """Every trained parameter has the moving average of its masters."""
+    averages = load_file(folder / f"{name}.averages.safetensors")
+    trained = state_of(folder, name).trained
+    assert averages.keys() == trained.keys() or ("roundrobin" in name and not averages)
+    for parameter, average in averages.items():
+        found = trained[parameter].tensors["ema"].joined()
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), average, rtol=3e-7, atol=1e-9, msg=f"{name}: {parameter}")
+        assert not torch.equal(found, trained[parameter].master.joined())
+
+
 def assert_same_state(first: TrainingState, second: TrainingState, where: str, same_precision: bool = True) -> None:
     assert first.trained.keys() == second.trained.keys()
     for name, trained in first.trained.items():
         other = second.trained[name]
         assert torch.equal(trained.master.joined(), other.master.joined()), f"{where}: {name}"
-        assert trained.tensors.keys() == other.tensors.keys() and trained.tensors
+        assert trained.tensors.keys() == other.tensors.keys() and "ema" in trained.tensors
         for key, tensor in trained.tensors.items():
             assert tensor.joined().any(), f"{where}: {name}: {key} was never trained"
             assert torch.equal(tensor.joined(), other.tensors[key].joined()), f"{where}: {name}: {key}"
@@ -102,6 +114,7 @@ def assert_same_state(first: TrainingState, second: TrainingState, where: str, s
 def test_every_stage_to_every_stage_on_three_ranks_and_one_is_exact(saved: Path) -> None:
     for name in SOURCES:
         assert_the_engine_agrees(saved, name)
+        assert_averaged(saved, name)
     run_ranks(SCRIPT, [str(saved), *EVERY_PAIR, *SPECIAL_PAIRS], 3, saved, TIME_LIMIT)
     for pair in EVERY_PAIR + SPECIAL_PAIRS:
         assert_the_engine_agrees(saved, pair)

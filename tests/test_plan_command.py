@@ -33,6 +33,15 @@ def test_a_table_over_stage_precision_and_recomputation_and_what_follows_from_it
     assert "global batch of 60: 8 GPUs x micro-batch 8 x accumulation 1, ZeRO-0, bf16." in text
 
 
+def test_averaged_weights_are_part_of_the_optimizer_s_memory(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = []
+    for more in ((), ("--set", "train.ema=0.999")):
+        assert plan(recipe, "--gpus", "8", "--gpu-memory", "1GB", "--reserve", "100MB", *more) == 0
+        text = capsys.readouterr().out.replace("\n", " ")
+        saved.append(float(re.search(r"no number of GPUs more than ([\d.]+) MB", text)[1]))  # type: ignore[index]
+    assert saved[1] / saved[0] == pytest.approx(16 / 12, rel=0.1)
+
+
 def test_a_batch_that_does_not_fit_is_accumulated_or_recomputed(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

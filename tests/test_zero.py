@@ -26,7 +26,7 @@ CASES = {
     1: ["bf16-0", "bf16-1-accumulate", "fp32-2", "fp16-3"],
     2: [
         *(f"{precision}-{stage}" for precision in ("fp32", "bf16", "fp16") for stage in range(4)),
-        *("bf16-1-accumulate", "bf16-2-offload"),
+        *("bf16-1-accumulate", "bf16-2-offload", "bf16-3-offload"),
     ],
     3: ["fp32-1", "bf16-1-accumulate", "bf16-2", "bf16-3", "fp16-3"],
 }
@@ -52,7 +52,7 @@ def deepspeed_files(run_dir: Path) -> Path:
 
 def consolidated(folder: Path) -> Consolidated:
     with torch.device("meta"):
-        return consolidate(folder, DESCRIPTION.build())
+        return consolidate(folder, DESCRIPTION.build(), "trained")
 
 
 def assert_same_weights(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -79,7 +79,7 @@ def test_two_ranks_under_zero_2_in_bf16_give_the_engines_float32_masters(saved: 
 
 
 def test_the_model_file_of_two_bf16_ranks_gives_the_engines_scores(saved: Path, tmp_path: Path) -> None:
-    conversion = convert(saved / "bf16-2", tmp_path / "model.safetensors")
+    conversion = convert(saved / "bf16-2", tmp_path / "model.safetensors", weights="trained")
     assert conversion.agreement.arithmetic == "bfloat16 on cpu"
     assert conversion.agreement.difference <= 1e-3
     assert_same_weights(load_file(conversion.path), load_file(saved / "bf16-2.safetensors"))
@@ -95,8 +95,11 @@ def test_every_stage_and_precision_gives_the_engines_masters_and_scores(world_si
         weights = consolidated(deepspeed_files(tmp_path / case))
         assert_same_weights(weights.state, wanted)
         assert weights.rounded == (() if case.startswith("fp32") else FROZEN), case
-        conversion = convert(tmp_path / case, tmp_path / "model.safetensors", overwrite=True)
-        assert conversion.agreement.difference <= 1e-3, case
+        trained, averaged = tmp_path / f"{case}.trained", tmp_path / f"{case}.averaged"
+        assert convert(tmp_path / case, trained, weights="trained").agreement.difference <= 1e-3, case
+        conversion = convert(tmp_path / case, averaged)
+        assert conversion.weights == "averaged" and conversion.agreement.difference <= 1e-3, case
+        assert not torch.equal(load_file(averaged)["fc6.weight"], load_file(trained)["fc6.weight"]), case
         if case.count("-") == 1 and not case.endswith("0"):
             assert_deepspeed_agrees(deepspeed_files(tmp_path / case), weights.state)
 

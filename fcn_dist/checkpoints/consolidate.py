@@ -6,15 +6,19 @@ Frozen parameters have no masters, so that under bf16 and fp16 their weights com
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fcn_dist.checkpoints.savedfiles import SavedFiles, of_deepspeeds_form, open_files
-from fcn_dist.checkpoints.trainingstate import training_state
+from fcn_dist.checkpoints.trainingstate import AVERAGE_KEY, Trained, training_state
 from fcn_dist.errors import UserError, named
 from fcn_dist.model.auxiliary import PREFIX, head_shapes
 from fcn_dist.model.fcn import FCN
+
+Weights = Literal["trained", "averaged"]
+WEIGHTS = get_args(Weights)
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Consolidated:
     """All weights of a checkpoint, and where they came from."""
 
     state: dict[str, Tensor]  # parameters and floating buffers in float32
+    weights: Weights
     stage: int
     world_size: int
     deepspeed_version: str
@@ -29,11 +34,12 @@ class Consolidated:
     left_out: tuple[str, ...]  # parameters of auxiliary heads, which are in training alone
 
 
-def consolidate(folder: Path, model: FCN) -> Consolidated:
+def consolidate(folder: Path, model: FCN, weights: Weights | None = None) -> Consolidated:
     """The state dict of `model` (whose own weights are not looked at) from DeepSpeed's files in `folder`.
 
-    Auxiliary heads are left out. Raises UserError unless every parameter and buffer is there, whole, in its shape, and
-    nothing else is, of heads likewise if there are any.
+    The weights are the averaged ones where there are any, unless `weights` says which. Auxiliary heads are left out.
+    Raises UserError unless every parameter and buffer is there, whole, in its shape, and nothing else is, of heads
+    likewise if there are any.
     """
     files = open_files(folder)
     with of_deepspeeds_form(folder):
@@ -41,6 +47,9 @@ def consolidate(folder: Path, model: FCN) -> Consolidated:
         masters = {name: trained.master.joined() for name, trained in found.trained.items()}
         if files.stage < 3:
             _check_agreement(masters, files)
+        chosen = weights or ("averaged" if _has_averages(found.trained) else "trained")
+        if chosen == "averaged":
+            masters = _averages(found.trained, folder)
         state = {**{name: weight.joined() for name, weight in found.frozen.items()}, **masters, **found.buffers}
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         heads = head_shapes(model) if any(name.startswith(PREFIX) for name in state) else {}
@@ -50,12 +59,26 @@ def consolidate(folder: Path, model: FCN) -> Consolidated:
         parameters = [name for name, _ in model.named_parameters()]
         return Consolidated(
             {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()},
+            chosen,
             files.stage,
             files.world_size,
             files.deepspeed_version,
             tuple(name for name in parameters if state[name].dtype in (torch.bfloat16, torch.float16)),
             tuple(heads),
         )
+
+
+def _has_averages(trained: Mapping[str, Trained]) -> bool:
+    return any(AVERAGE_KEY in one.tensors for one in trained.values())
+
+
+def _averages(trained: Mapping[str, Trained], folder: Path) -> dict[str, Tensor]:
+    if not _has_averages(trained):
+        raise UserError(
+            f"{folder} holds no averaged weights; a run with train.ema is needed for those; take its trained ones, or "
+            "a step after train.ema was set"
+        )
+    return {name: one.tensors[AVERAGE_KEY].joined() for name, one in trained.items()}
 
 
 def _check_agreement(masters: Mapping[str, Tensor], files: SavedFiles) -> None:

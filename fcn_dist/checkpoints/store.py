@@ -3,7 +3,7 @@
 checkpoints/
     step-00000500/               exists only once whole
         deepspeed/...            DeepSpeed's own files
-        probe.safetensors        an image and the scores the training engine gave it
+        probe.safetensors        an image and the scores the training engine gave it, with averaged weights, too
         manifest.json            every file with size and SHA-256, and what the checkpoint is
     latest                       the name of the newest, replaced atomically; no reader depends on it
     .step-00001000.1f2e.partial/ being written, or left by a crash; no reader looks at it
@@ -25,6 +25,7 @@ from fcn_dist.files import sha256
 MANIFEST_NAME = "manifest.json"
 DEEPSPEED_TAG = "deepspeed"
 PROBE_NAME = "probe.safetensors"
+PROBE_SCORES = {"trained": "scores", "averaged": "averaged_scores"}  # names of the tensors, by weights
 LATEST_NAME = "latest"
 STEP_NAME = re.compile(r"step-\d{8,}")  # and not a copy that someone keeps beside it
 FORMAT_VERSION = 1

@@ -19,6 +19,7 @@ from fcn_dist.checkpoints.zero import Holding, holdings, trained_shapes
 from fcn_dist.errors import UserError
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+AVERAGE_KEY = "ema"  # of the weights' moving average, which is ours, among the optimizer's tensors
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from fcn_dist.checkpoints.consolidate import WEIGHTS
 from fcn_dist.console import console
 from fcn_dist.data.scenes.class_info import read_names
 from fcn_dist.deploy import pytorch_fcn
@@ -22,7 +23,14 @@ def main(argv: list[str]) -> None:
         raise UserError(
             "--classes and --at-once describe weights given with --from; a run knows its own; leave them out"
         )
-    conversion = convert(options.run, options.out, step=options.step, dtype=options.dtype, overwrite=options.overwrite)
+    conversion = convert(
+        options.run,
+        options.out,
+        step=options.step,
+        weights=options.weights,
+        dtype=options.dtype,
+        overwrite=options.overwrite,
+    )
     _print_summary(conversion, options.dtype)
     if options.json:
         write_text(options.json, json.dumps(_as_dict(conversion, options.dtype), indent=1) + "\n")
@@ -34,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     add("run", type=Path, help="run folder, as launch/train.py wrote it with --output; with --from, a file")
     add("out", type=Path, help="model file to write, such as model.safetensors")
     add("--step", type=int, metavar="N", help="checkpoint to convert (default: the newest whole one)")
+    add("--weights", choices=WEIGHTS, help="which (default: averaged where there are any, see train.ema)")
     add("--dtype", choices=DTYPES, default="float32", help="of the stored weights (default: %(default)s)")
     add("--overwrite", action="store_true", help="replace a model file that is there already")
     add("--from", dest="origin", choices=("pytorch-fcn",), help="convert a .pth state dict of that system")
@@ -47,7 +56,7 @@ def _convert_weights(options: argparse.Namespace) -> None:
     """Those of pytorch-fcn."""
     if not options.classes:
         raise UserError("a state dict does not name its classes; --classes with a file of names is needed")
-    for name in ("step", "json"):
+    for name in ("step", "weights", "json"):
         if getattr(options, name) is not None:
             raise UserError(f"--{name} is about a run; --from {options.origin} takes a file; leave it out")
     converted = pytorch_fcn.convert(
@@ -80,7 +89,7 @@ def _print_summary(conversion: Conversion, dtype: str) -> None:
         console.print(f"passed over {damage.dir}: {damage.reason}")
     console.print(
         f"checkpoint  {conversion.checkpoint.dir} (step {state.step}, ZeRO stage {state.zero_stage}, "
-        f"{state.world_size} ranks, {state.precision})"
+        f"{state.world_size} ranks, {state.precision}), its {conversion.weights} weights"
     )
     if conversion.rounded:
         console.print(
@@ -103,6 +112,7 @@ def _as_dict(conversion: Conversion, dtype: str) -> dict[str, object]:
         "model": str(conversion.path),
         "checkpoint": str(conversion.checkpoint.dir),
         "step": conversion.checkpoint.state.step,
+        "weights": conversion.weights,
         "passed_over": {str(damage.dir): damage.reason for damage in conversion.passed_over},
         "kept_in_16_bits": list(conversion.rounded),
         "left_out": list(conversion.left_out),

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 
-from fcn_dist.checkpoints.consolidate import consolidate
+from fcn_dist.checkpoints.consolidate import WEIGHTS, consolidate
 from fcn_dist.checkpoints.store import DEEPSPEED_TAG, open_checkpoint
 from fcn_dist.commands.ranks import among_ranks
 from fcn_dist.commands.views import add_views, views_of
@@ -63,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--run", type=Path, help="run folder; its newest whole checkpoint is scored")
     source.add_argument("--model", type=Path, help="model file written by launch/convert.py")
     parser.add_argument("--step", type=int, help="which checkpoint of --run")
+    parser.add_argument(
+        "--weights", choices=WEIGHTS, help="which of --run (default: averaged where there are any, see train.ema)"
+    )
     parser.add_argument("--shards", required=True, help="folder written by shards/create.py, or its URL")
     parser.add_argument("--split", default="validation")
     parser.add_argument(
@@ -130,8 +133,9 @@ def _evaluate(model: FCN, shard_set: ShardSet, rank: Rank, options: argparse.Nam
 def load(options: argparse.Namespace, shard_set: ShardSet) -> tuple[FCN, str]:
     """The network to score, and how to call it."""
     if options.model:
-        if options.step is not None:
-            raise UserError("--step chooses a checkpoint of --run; a model file has one state; leave it out")
+        for name in ("step", "weights"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name} chooses from what --run has; a model file has one state; leave it out")
         model, info = read_model_file(options.model)
         check_classes(info.description.classes, shard_set)
         return model, str(options.model)
@@ -141,8 +145,9 @@ def load(options: argparse.Namespace, shard_set: ShardSet) -> tuple[FCN, str]:
     description = ModelDescription.from_dict(checkpoint.state.model)
     check_classes(description.classes, shard_set)
     model = description.build()
-    model.load_state_dict(consolidate(checkpoint.dir / DEEPSPEED_TAG, model).state)
-    return model, f"{options.run} step {checkpoint.state.step}"
+    found = consolidate(checkpoint.dir / DEEPSPEED_TAG, model, options.weights)
+    model.load_state_dict(found.state)
+    return model, f"{options.run} step {checkpoint.state.step} ({found.weights} weights)"
 
 
 def start_ranks(rank: Rank) -> None:

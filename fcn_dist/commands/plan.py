@@ -99,7 +99,7 @@ def plan(recipe: Recipe, outputs: int, weights: Weights, gpus: int, memory: floa
     rows = []
     for stage in STAGES:
         for precision, stages in settings:
-            partition = Partition(stage, precision, gpus, BUCKET)
+            partition = Partition(stage, precision, gpus, BUCKET, averages=recipe.train.ema is not None)
             steps = footprints[precision, stages]
             largest, accumulated = (
                 largest_micro_batch(weights, one, steps, memory)

@@ -11,10 +11,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import fcn_dist
-from fcn_dist.checkpoints.consolidate import Consolidated, consolidate
+from fcn_dist.checkpoints.consolidate import Consolidated, Weights, consolidate
 from fcn_dist.checkpoints.store import (
     DEEPSPEED_TAG,
     PROBE_NAME,
+    PROBE_SCORES,
     Checkpoint,
     CheckpointState,
     Damage,
@@ -50,6 +51,7 @@ class Conversion:
 
     path: Path
     checkpoint: Checkpoint
+    weights: Weights
     passed_over: tuple[Damage, ...]  # newer checkpoints that are damaged
     rounded: tuple[str, ...]  # parameters that the checkpoint kept in 16 bits only
     left_out: tuple[str, ...]  # parameters of auxiliary heads, which are in training alone
@@ -58,13 +60,20 @@ class Conversion:
 
 
 def convert(
-    run: str | Path, out: str | Path, *, step: int | None = None, dtype: str = "float32", overwrite: bool = False
+    run: str | Path,
+    out: str | Path,
+    *,
+    step: int | None = None,
+    weights: Weights | None = None,
+    dtype: str = "float32",
+    overwrite: bool = False,
 ) -> Conversion:
     """Write the model file of a run's newest whole checkpoint, or that of `step`, its weights stored as `dtype`.
 
-    Running statistics of batch normalisation, small and of a wide range, are stored in float32 in any case.
-    The file appears only after it was read back and gave the recorded scores. Raises UserError if there is no whole
-    checkpoint, if the scores differ, or if `out` exists and `overwrite` is false.
+    The weights are the averaged ones where the checkpoint has any, unless `weights` says which. Running statistics of
+    batch normalisation, small and of a wide range, are stored in float32 in any case.
+    The file appears only after it was read back and gave the scores that were recorded with these weights. Raises
+    UserError if there is no whole checkpoint, if the scores differ, or if `out` exists and `overwrite` is false.
     """
     out = Path(out)
     if dtype not in DTYPES:
@@ -74,12 +83,12 @@ def convert(
     description = _description(checkpoint)
     with torch.device("meta"):
         model = description.build()
-    weights = consolidate(checkpoint.dir / DEEPSPEED_TAG, model)
-    _check_manifest(checkpoint, weights)
-    state = _stored(weights.state, {name for name, _ in model.named_parameters()}, dtype, checkpoint)
+    found = consolidate(checkpoint.dir / DEEPSPEED_TAG, model, weights)
+    _check_manifest(checkpoint, found)
+    state = _stored(found.state, {name for name, _ in model.named_parameters()}, dtype, checkpoint)
     with replacing(out) as partial:
-        write_model_file(partial, state, description, _source(Path(run), checkpoint.state, weights, dtype))
-        agreement = _compare(partial, checkpoint, dtype)
+        write_model_file(partial, state, description, _source(Path(run), checkpoint.state, found, dtype))
+        agreement = _compare(partial, checkpoint, found.weights, dtype)
         if not agreement.difference <= agreement.tolerance:  # not a number fails, too
             raise UserError(
                 f"the model converted from {checkpoint.dir} does not give the scores that the training engine "
@@ -87,7 +96,9 @@ def convert(
                 f"and at most {agreement.tolerance:.2g} is rounding; nothing was written; convert another --step"
             )
     parameters = sum(tensor.numel() for tensor in state.values())
-    return Conversion(out, checkpoint, tuple(passed_over), weights.rounded, weights.left_out, parameters, agreement)
+    return Conversion(
+        out, checkpoint, found.weights, tuple(passed_over), found.rounded, found.left_out, parameters, agreement
+    )
 
 
 def _description(checkpoint: Checkpoint) -> ModelDescription:
@@ -99,14 +110,14 @@ def _description(checkpoint: Checkpoint) -> ModelDescription:
         ) from error
 
 
-def _check_manifest(checkpoint: Checkpoint, weights: Consolidated) -> None:
+def _check_manifest(checkpoint: Checkpoint, found: Consolidated) -> None:
     """What DeepSpeed's files say of themselves is what the manifest says of them."""
     state = checkpoint.state
-    stated, found = (state.zero_stage, state.world_size), (weights.stage, weights.world_size)
-    if stated != found:
+    stated, saved = (state.zero_stage, state.world_size), (found.stage, found.world_size)
+    if stated != saved:
         raise UserError(
             f"{checkpoint.dir} was saved with ZeRO stage {stated[0]} on {stated[1]} ranks by its manifest, and with "
-            f"stage {found[0]} on {found[1]} by DeepSpeed's files; restore it from a copy, or convert another step"
+            f"stage {saved[0]} on {saved[1]} by DeepSpeed's files; restore it from a copy, or convert another step"
         )
 
 
@@ -125,32 +136,33 @@ def _stored(state: Mapping[str, Tensor], parameters: Set[str], dtype: str, check
     return stored
 
 
-def _source(run: Path, state: CheckpointState, weights: Consolidated, dtype: str) -> dict[str, Any]:
+def _source(run: Path, state: CheckpointState, found: Consolidated, dtype: str) -> dict[str, Any]:
     return {
         "run": run.resolve().name,
         "step": state.step,
+        "weights": found.weights,
         "scores": state.scores,
         "dtype": dtype,
         "precision": state.precision,
-        "zero_stage": weights.stage,
-        "world_size": weights.world_size,
-        "kept_in_16_bits": list(weights.rounded),
+        "zero_stage": found.stage,
+        "world_size": found.world_size,
+        "kept_in_16_bits": list(found.rounded),
         "index_sha256": state.index_sha256,
         "fcn_dist": fcn_dist.__version__,
-        "deepspeed": weights.deepspeed_version,
+        "deepspeed": found.deepspeed_version,
         "torch": torch.__version__,
     }
 
 
-def _compare(path: Path, checkpoint: Checkpoint, dtype: str) -> Agreement:
+def _compare(path: Path, checkpoint: Checkpoint, weights: Weights, dtype: str) -> Agreement:
     """Read the file as a user would, and score the probe image in the arithmetic of the engine that recorded it."""
-    image, expected, recorded_on = _read_probe(checkpoint)
+    image, expected, recorded_on = _read_probe(checkpoint, weights)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, _ = read_model_file(path)
     precision = checkpoint.state.precision
     autocast = checkpoint.state.deepspeed.get("torch_autocast") or {}
     arithmetic = str(autocast.get("dtype", "bfloat16")) if autocast.get("enabled") else precision
-    # The masters rounded to the engine's precision are the engine's own weights, to the bit.
+    # The masters, or their averages, rounded to the engine's precision are what the engine computed with, to the bit.
     model.to(device, torch_dtype(precision))
     mixed = torch.autocast(device.type, torch_dtype(arithmetic)) if autocast.get("enabled") else nullcontext()
     with torch.inference_mode(), mixed:
@@ -168,13 +180,13 @@ def _compare(path: Path, checkpoint: Checkpoint, dtype: str) -> Agreement:
     return Agreement(f"{arithmetic} on {device.type}", scores.numel(), difference, tolerance)
 
 
-def _read_probe(checkpoint: Checkpoint) -> tuple[Tensor, Tensor, str]:
-    """The image, the scores that the engine gave it, and the kind of device it ran on ("" if not recorded)."""
+def _read_probe(checkpoint: Checkpoint, weights: Weights) -> tuple[Tensor, Tensor, str]:
+    """The image, its scores by the engine with these weights, and the kind of device it ran on ("" if not recorded)."""
     path = checkpoint.dir / PROBE_NAME
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            return file.get_tensor("image"), file.get_tensor("scores"), metadata.get("device", "")
+            return file.get_tensor("image"), file.get_tensor(PROBE_SCORES[weights]), metadata.get("device", "")
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path} cannot be read ({error}); without the scores it holds, a conversion cannot be checked; restore "

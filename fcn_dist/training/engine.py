@@ -1,16 +1,11 @@
-"""The DeepSpeed engine: a network and a resolved configuration in, an engine out, and its state to disk."""
+"""The DeepSpeed engine: a network and a resolved configuration in, an engine out."""
 
-from pathlib import Path
 from typing import Any
 
 import deepspeed
-import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from safetensors.torch import save as serialize
 from torch import Tensor
 
-from fcn_dist.checkpoints.store import DEEPSPEED_TAG, PROBE_NAME
-from fcn_dist.checkpoints.zero import GROUPS_KEY
 from fcn_dist.errors import UserError
 from fcn_dist.model.fcn import FCN
 from fcn_dist.ranks import BatchPlan
@@ -19,8 +14,6 @@ from fcn_dist.training.schedule import ParameterGroup
 from fcn_dist.training.snapshot import Snapshots
 
 Engine = Any  # deepspeed.DeepSpeedEngine, which is not typed
-
-PROBE_SIZE = (96, 96)  # pixels; not square multiples of 32 would do as well, any size works
 
 
 def build_engine(model: FCN, config: EngineConfig, groups: list[ParameterGroup]) -> Engine:
@@ -103,40 +96,3 @@ def loss_scale(engine: Engine) -> float | None:
     """The dynamic loss scale of fp16, None in other precisions."""
     # Not engine.loss_scale(), which gives what the configuration says: 0 for a dynamic one.
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
-
-
-def probe_image() -> Tensor:
-    """A fixed image, (1, H, W, 3) uint8, whose scores identify a network's weights."""
-    pixels = torch.Generator().manual_seed(0)
-    coarse = torch.randint(0, 256, (1, 3, PROBE_SIZE[0] // 8, PROBE_SIZE[1] // 8), generator=pixels)
-    smooth = torch.nn.functional.interpolate(coarse.float(), PROBE_SIZE, mode="bilinear")
-    return smooth.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-def take_state(engine: Engine, folder: Path, is_first_rank: bool) -> dict[Path, Any]:
-    """This rank's share of the engine's state: the files that it writes to `folder`, and what belongs into each.
-
-    The contents are copies on the host. All ranks call it.
-    """
-    engine.save_checkpoint(str(folder), tag=DEEPSPEED_TAG, client_state=_client_state(engine), save_latest=False)
-    files: dict[Path, Any] = dict(engine.checkpoint_engine.files)
-    engine.eval()
-    image = probe_image()
-    # Under ZeRO-3 every rank takes part in a forward, and the weights it gathers are used again in training: no_grad,
-    # not inference_mode.
-    with torch.no_grad():
-        scores = engine(image.to(engine.device), coarse=True)
-    engine.train()
-    if is_first_rank:
-        tensors = {"image": image, "scores": scores.float().cpu().contiguous()}
-        files[folder / PROBE_NAME] = serialize(tensors, metadata={"device": engine.device.type})
-    return files
-
-
-def _client_state(engine: Engine) -> dict[str, Any]:
-    """What DeepSpeed's files leave out: under stage 0, which parameters are in which of the optimizer's groups."""
-    if engine.zero_optimization():
-        return {}
-    in_16_bits = getattr(engine.optimizer, "fp16_groups", None)
-    groups = in_16_bits or [options["params"] for options in engine.optimizer.param_groups]
-    return {GROUPS_KEY: [[engine.param_names[parameter] for parameter in group] for group in groups]}

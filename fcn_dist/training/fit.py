@@ -4,6 +4,8 @@ What a step holds is predicted (footprint.py, memoryplan.py); that the predictio
 shortage.py has what comes after.
 """
 
+from dataclasses import replace
+
 import torch
 
 from fcn_dist.config import Recipe
@@ -56,14 +58,15 @@ def plan_within(memory: float, config: EngineConfig, recipe: Recipe, model: FCN)
     plan = config.plan
     zero = config.values.get("zero_optimization", {})
     weights = Weights.of(model)
-    whole = Partition.of(zero, config.precision, plan.world_size, accumulates=plan.accumulation > 1)
+    averages = recipe.train.ema is not None
+    whole = Partition.of(zero, config.precision, plan.world_size, plan.accumulation > 1, averages)
     if at_most(model, whole, recipe, plan.micro_batch) <= memory:
         return plan
     status_console.print("rehearsing a step, to see which micro-batch fits")
     steps = footprint(recipe, model.num_outputs, DTYPES[config.precision], recipe.train.recompute_stages)
     if held(weights, whole, steps.step(plan.micro_batch)).most <= memory:
         return plan
-    cut = Partition.of(zero, config.precision, plan.world_size, accumulates=True)
+    cut = replace(whole, accumulates=True)
     largest = min(largest_micro_batch(weights, cut, steps, memory), plan.micro_batch)
     if not largest:
         needed = show_size(round(held(weights, cut, steps.step(1)).most))

@@ -3,6 +3,7 @@ optimizers. Knows their attributes (DeepSpeed 0.19.8), which `checkpoints.layout
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,17 +37,29 @@ class Wrapper:
     partitioned: bool  # over ranks, so that only together they hold everything
 
 
-def wrapper_of(engine: Engine) -> Wrapper:
-    """How to write to the optimizer of `engine`. Raises UserError if it is one that is not known."""
+def wrapper_of(engine: Engine, cure: str) -> Wrapper:
+    """How to write to the optimizer of `engine`. Raises UserError, which ends in `cure`, if it is not a known one."""
     if engine.optimizer is engine.basic_optimizer:
         return Wrapper(_plain, lambda optimizer: None, partitioned=False)
     kind = type(engine.optimizer)
     if kind not in WRAPPERS:
         raise UserError(
-            f"DeepSpeed made a {kind.__name__} of this configuration, whose parts cannot be laid out anew; continue "
-            "with the same ranks, ZeRO stage and precision, or without what asks for it"
+            f"DeepSpeed made a {kind.__name__} of this configuration, whose masters cannot be told apart; {cure}, or "
+            "leave out what asks for it"
         )
     return WRAPPERS[kind]
+
+
+@contextmanager
+def rewriting(engine: Engine, wrapper: Wrapper) -> Iterator[None]:
+    """The masters may be changed in the block; after it, the module has them, rounded. All ranks call it."""
+    partitions_weights = hasattr(engine.optimizer, "checkpoint_event_prologue")
+    if partitions_weights:
+        engine.optimizer.checkpoint_event_prologue()  # stage 3 keeps small parameters whole, which would hide a change
+    yield
+    wrapper.refresh(engine.optimizer)
+    if partitions_weights:
+        engine.optimizer.checkpoint_event_epilogue()
 
 
 def _plain(engine: Engine) -> Iterator[Holder]:

@@ -12,10 +12,12 @@ from fcn_dist.checkpoints.retention import retain
 from fcn_dist.checkpoints.store import CheckpointState
 from fcn_dist.errors import EarlyEnd, UserError
 from fcn_dist.progress import TrainingProgress
+from fcn_dist.training.average import WeightAverage
 from fcn_dist.training.collective import of_all_ranks, on_rank_zero, sum_over_ranks
-from fcn_dist.training.engine import Engine, take_state
+from fcn_dist.training.engine import Engine
 from fcn_dist.training.job import Job
 from fcn_dist.training.runfolder import TRAINING_SPLIT, Journal, RunRecord
+from fcn_dist.training.state import take_state
 from fcn_dist.training.writing import Writing
 
 
@@ -39,13 +41,15 @@ class Keeper:
         job: Job,
         record: RunRecord,
         engine: Engine,
+        average: WeightAverage,
         progress: TrainingProgress,
         journal: Journal | None,
         last: int | None,
     ) -> None:
         """`last` is the step of the checkpoint that the run continues from, if it does."""
         self.last = last  # step of the newest checkpoint that is committed
-        self._run_dir, self._job, self._record, self._engine = run_dir, job, record, engine
+        self._run_dir, self._job, self._record = run_dir, job, record
+        self._engine, self._average = engine, average
         self._progress, self._journal = progress, journal
         self._pending: Pending | None = None
         self._failures = 0  # in a row
@@ -77,7 +81,7 @@ class Keeper:
         if folder is None:
             self._failed(done, failure)
             return
-        contents = take_state(self._engine, folder, is_first_rank=rank.index == 0)
+        contents = take_state(self._engine, self._average, folder, is_first_rank=rank.index == 0)
         background = self._job.recipe.checkpoint.background
         writing = Writing(contents, background)
         self._pending = Pending(done, folder, self._state(done, scores), writing, time.perf_counter() - began)

@@ -6,6 +6,7 @@ from fcn_dist.data.loader import Batch
 from fcn_dist.keys import key64
 from fcn_dist.progress import TrainingProgress
 from fcn_dist.training.augment import to_device
+from fcn_dist.training.average import WeightAverage
 from fcn_dist.training.engine import Engine, backward, set_learning_rate
 from fcn_dist.training.finite import StepCheck
 from fcn_dist.training.intake import Intake
@@ -26,6 +27,7 @@ from fcn_dist.training.statistics import average_statistics
 def train_steps(
     job: Job,
     engine: Engine,
+    average: WeightAverage,
     intake: Intake,
     check: StepCheck,
     meter: Meter,
@@ -57,6 +59,7 @@ def train_steps(
         micro_batches = shortage.train(done, micro_batches, work)
         average_statistics(engine.module, job.rank)
         meter.add_step(check.finite(done, micro_batches))
+        average.update()
         clock.enter(Phase.LOGGING)
         progress.step(done)
         layers.write(done)

@@ -13,7 +13,8 @@ from fcn_dist.model.fcn import FCN
 from fcn_dist.training.footprint import Footprint, Step
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MASTER, MOMENTS, NORM = 4, 8, 8  # bytes a parameter: in float32, Adam's two in float32, copied to float64 for a norm
+# Bytes a parameter: in float32, Adam's two in float32, copied to float64 for a norm, and averaged (train.ema).
+MASTER, MOMENTS, NORM, AVERAGE = 4, 8, 8, 4
 DEFAULT_BUCKET = 500_000_000  # elements
 # Of the largest weight, beside its gradient: the weight itself laid out for the convolution, and once more for its
 # gradient, and the gradient laid out as DeepSpeed needs it.
@@ -44,13 +45,17 @@ class Partition:
     bucket: int = DEFAULT_BUCKET  # elements of a reduction
     buckets: int = 1  # that are filled in turn
     accumulates: bool = False  # over several micro-batches a step
+    averages: bool = False  # the weights, see average.py
 
     @classmethod
-    def of(cls, zero: dict[str, Any], precision: str, world_size: int, accumulates: bool = False) -> "Partition":
+    def of(
+        cls, zero: dict[str, Any], precision: str, world_size: int, accumulates: bool = False, averages: bool = False
+    ) -> "Partition":
         """As a configuration's section zero_optimization says."""
         stage = zero.get("stage", 0)
         bucket = int(zero.get("reduce_bucket_size", DEFAULT_BUCKET))
-        return cls(stage, precision, world_size, bucket, 2 if zero.get("overlap_comm") else 1, accumulates)
+        buckets = 2 if zero.get("overlap_comm") else 1
+        return cls(stage, precision, world_size, bucket, buckets, accumulates, averages)
 
     @property
     def itemsize(self) -> int:
@@ -68,7 +73,7 @@ class Held:
 
     parameters: float
     gradients: float  # once all are there
-    optimizer: float  # masters and moments
+    optimizer: float  # masters, moments and averages
     buffers: float  # of reductions, and of parameters that are gathered
     activations: float  # of the micro-batch; pixels, labels and what is laid out anew for a while with them
     backward: float  # all that is held, at most, in forward and backward
@@ -85,7 +90,8 @@ def held(weights: Weights, partition: Partition, step: Step) -> Held:
     size, largest = partition.itemsize, weights.largest * partition.itemsize
     masters = MASTER if partition.stage or partition.precision != "float32" else 0
     parameters = weights.all * size * partition.share(3)
-    optimizer = weights.all * (masters + MOMENTS) * partition.share(1)
+    averages = AVERAGE if partition.averages else 0
+    optimizer = weights.all * (masters + MOMENTS + averages) * partition.share(1)
     partitioned = partition.share(2 if partition.accumulates else 1)
     gradients = weights.all * size * partitioned
     buffers: float = partition.bucket * size * partition.buckets if partition.stage else 0

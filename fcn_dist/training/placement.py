@@ -13,10 +13,10 @@ from deepspeed.ops.adam import FusedAdam
 from torch import Tensor
 
 from fcn_dist.checkpoints.layout import Piece, check_cover, in_shares
-from fcn_dist.checkpoints.trainingstate import LossScale, SplitTensor, TrainingState
+from fcn_dist.checkpoints.trainingstate import AVERAGE_KEY, LossScale, SplitTensor, TrainingState
 from fcn_dist.errors import UserError, named
 from fcn_dist.training.engine import Engine
-from fcn_dist.training.holders import Holder, numel_of, wrapper_of
+from fcn_dist.training.holders import Holder, numel_of, rewriting, wrapper_of
 
 
 @torch.no_grad()
@@ -27,29 +27,23 @@ def place(state: TrainingState, engine: Engine, where: str) -> None:
     state has no place in the engine, or none in the state.
     """
     refuse_offload(engine.config)
-    wrapper = wrapper_of(engine)
-    optimizer = engine.optimizer
+    wrapper = wrapper_of(engine, "continue with the same ranks, ZeRO stage and precision")
     tensors, scalar = _form_of_state(engine.basic_optimizer, state, where)
     holders = list(wrapper.holders(engine))
     _check_names(state, engine, where)
     _check_holders(holders, engine, wrapper.partitioned, where)
-    partitions_weights = hasattr(optimizer, "checkpoint_event_prologue")
-    if partitions_weights:
-        optimizer.checkpoint_event_prologue()  # stage 3 keeps small parameters whole, which would hide what is written
     engine.basic_optimizer.state.clear()
-    for holder in holders:
-        own = {key: scalar(value, holder.tensor) for key, value in state.scalars.items()}
-        _fill(holder, state, own, tensors)
-        if own:
-            engine.basic_optimizer.state[holder.tensor] = own
-    wrapper.refresh(optimizer)
-    _place_frozen(state, engine)
+    with rewriting(engine, wrapper):
+        for holder in holders:
+            own = {key: scalar(value, holder.tensor) for key, value in state.scalars.items()}
+            _fill(holder, state, own, tensors)
+            if own:
+                engine.basic_optimizer.state[holder.tensor] = own
+        _place_frozen(state, engine)
     for name, buffer in _buffers(engine).items():
         buffer.copy_(state.buffers[name])
-    if partitions_weights:
-        optimizer.checkpoint_event_epilogue()
     if state.loss_scale:
-        _place_loss_scale(state.loss_scale, optimizer)
+        _place_loss_scale(state.loss_scale, engine.optimizer)
     for name, value in state.counters.items():
         setattr(engine, name, value)
 
@@ -88,7 +82,7 @@ def _form_of_state(
             f"the state of optimizer {kind.__name__} cannot be laid out anew; Adam, AdamW and SGD can; continue with "
             "the same ranks, ZeRO stage and precision"
         )
-    kept = [*found, *sorted(state.scalars)]
+    kept = [*(key for key in found if key != AVERAGE_KEY), *sorted(state.scalars)]
     if kept and kept != [*needed, *counts]:
         raise UserError(
             f"{where} holds {', '.join(kept)} of its optimizer, and {kind.__name__} as configured keeps "

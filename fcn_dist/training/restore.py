@@ -63,6 +63,18 @@ def change_of_cut(saved: CheckpointState, config: EngineConfig) -> list[str]:
     return [] if before == now else [f"the checkpoint was cut for {before}; the run is cut for {now}"]
 
 
+def change_of_average(saved: CheckpointState, decay: float | None) -> list[str]:
+    """A line on the moving average of the weights, unless it goes on as it was."""
+    before, step = saved.recipe["train"].get("ema"), saved.step
+    if decay == before:
+        return []
+    if decay is None:
+        return [f"train.ema is off, and was {before}: the averaged weights of step {step} are not carried on"]
+    if before is None:
+        return [f"train.ema is {decay}, and was off: the average begins with the weights of step {step}"]
+    return [f"train.ema is {decay} from here on, and was {before} up to step {step}"]
+
+
 def _cut(world_size: int, stage: int, precision: str, values: dict[str, Any]) -> str:
     micro_batch = values["train_micro_batch_size_per_gpu"]
     accumulation = values["gradient_accumulation_steps"]

@@ -24,6 +24,7 @@ from fcn_dist.model.pretrained import load_weights, read_weights
 from fcn_dist.progress import TrainingProgress
 from fcn_dist.ranks import BatchPlan, Rank
 from fcn_dist.scoring.metrics import Scores
+from fcn_dist.training.average import WeightAverage
 from fcn_dist.training.bad_samples import BadSamples
 from fcn_dist.training.beats import RANKS_DIR
 from fcn_dist.training.collective import device, noticing_lost_peers, of_all_ranks, on_rank_zero, start_ranks
@@ -41,7 +42,7 @@ from fcn_dist.training.loop import train_steps
 from fcn_dist.training.meter import Meter
 from fcn_dist.training.pace import DeviceEvents, PaceReport
 from fcn_dist.training.phases import Phase, PhaseClock
-from fcn_dist.training.restore import change_of_cut, read_state
+from fcn_dist.training.restore import change_of_average, change_of_cut, read_state
 from fcn_dist.training.runfolder import (
     RUN_NAME,
     TRAINING_SPLIT,
@@ -89,6 +90,7 @@ class Ready:
 
     job: Job
     engine: Engine
+    average: WeightAverage
     model: FCN
     shard_set: ShardSet
     validation: ShardSet | None
@@ -116,6 +118,7 @@ def make_ready(config: RunConfig) -> Ready:
         compile_network(model, engine_config.zero_stage, device(rank))
     groups = parameter_groups(model, recipe.schedule)
     engine = build_engine(model, engine_config, groups)
+    average = WeightAverage(engine, recipe.train.ema)
     record = run_record(config, engine_config, description, shard_set, validation, steps)
     lock = hold_run_folder(config.output, record.command, rank)
     entry = on_rank_zero(rank, lambda: enter(config.output, config.start, record))
@@ -125,14 +128,17 @@ def make_ready(config: RunConfig) -> Ready:
         assert entry.checkpoint.state.position == entry.first_step * engine_config.plan.global_batch
         on_rank_zero(rank, lambda: clear(config.output, entry))
         lines += change_of_cut(entry.checkpoint.state, engine_config)
+        lines += change_of_average(entry.checkpoint.state, recipe.train.ema)
+    average.begin()
     stream = SampleStream(shard_set, recipe.train.seed, window=recipe.data.window, lanes=recipe.data.lanes)
     job = Job(recipe, engine_config, groups, stream, model.stride, model.offset, rank, device(rank), steps)
-    return Ready(job, engine, model, shard_set, validation, record, entry, lock, "\n".join(lines))
+    return Ready(job, engine, average, model, shard_set, validation, record, entry, lock, "\n".join(lines))
 
 
 def _train(config: RunConfig, stop: StopRequest) -> Scores | None:
     ready = make_ready(config)
-    job, engine, rank, first_step = ready.job, ready.engine, ready.job.rank, ready.entry.first_step
+    job, engine, average = ready.job, ready.engine, ready.average
+    rank, first_step = job.rank, ready.entry.first_step
     if ready.entry.finished:
         if rank.index == 0:
             print(f"{config.output} is trained to its last step, {job.steps}, already", flush=True)
@@ -146,8 +152,9 @@ def _train(config: RunConfig, stop: StopRequest) -> Scores | None:
     watchdog = start_watchdog(config.output / RANKS_DIR, rank, clock, job.recipe.train.watchdog)
     with watchdog, waits_measured(clock), TrainingProgress(job.steps, first_step, shown=rank.index == 0) as progress:
         progress.say(ready.headline)
-        keeper = Keeper(config.output, job, ready.record, engine, progress, journal, ready.entry.last)
-        scorer = Scorer(ready.model, engine, ready.validation, job, clock, progress, journal, ready.entry.scores)
+        keeper = Keeper(config.output, job, ready.record, engine, average, progress, journal, ready.entry.last)
+        scores = ready.entry.scores
+        scorer = Scorer(ready.model, engine, average, ready.validation, job, clock, progress, journal, scores)
         if journal:
             journal.write("start", first_step, world_size=rank.world_size, command=ready.record.command)
         bad_samples = BadSamples(data.max_bad_samples, rank, progress, journal)
@@ -161,6 +168,7 @@ def _train(config: RunConfig, stop: StopRequest) -> Scores | None:
             done = train_steps(
                 job,
                 engine,
+                average,
                 intake,
                 check,
                 meter,

@@ -1,4 +1,4 @@
-"""What a run does every so many steps: score the engine's weights."""
+"""What a run does every so many steps: score the engine's weights, or their average."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +8,7 @@ from fcn_dist.model.fcn import FCN
 from fcn_dist.progress import TrainingProgress
 from fcn_dist.scoring.evaluate import evaluate
 from fcn_dist.scoring.metrics import Scores
+from fcn_dist.training.average import WeightAverage
 from fcn_dist.training.engine import Engine
 from fcn_dist.training.job import Job
 from fcn_dist.training.phases import PhaseClock
@@ -16,10 +17,11 @@ from fcn_dist.training.runfolder import Journal
 
 @dataclass
 class Scorer:
-    """Evaluates the engine's weights and remembers the last scores, `summary` being what checkpoints say of them."""
+    """Evaluates the weights, averaged where they are, and remembers the last scores; checkpoints tell `summary`."""
 
     model: FCN
     engine: Engine
+    average: WeightAverage
     shard_set: ShardSet | None
     job: Job
     clock: PhaseClock
@@ -33,19 +35,21 @@ class Scorer:
         if self.shard_set is None:
             return
         workers = self.job.recipe.data.workers
-        self.last = evaluate(
-            self.model,
-            self.shard_set,
-            forward=self.engine,
-            rank=self.job.rank,
-            workers=workers,
-            advance=lambda samples: self.clock.advance(),
-        )
+        with self.average.in_use():
+            self.last = evaluate(
+                self.model,
+                self.shard_set,
+                forward=self.engine,
+                rank=self.job.rank,
+                workers=workers,
+                advance=lambda samples: self.clock.advance(),
+            )
+        weights = "trained" if self.average.decay is None else "averaged"
         official = self.last.official
         self.progress.say(
             f"step {done}: {self.shard_set.split} pixel accuracy {100 * official.pixel_accuracy:.2f} %, mean IoU "
-            f"{100 * official.mean_iou:.2f} %"
+            f"{100 * official.mean_iou:.2f} % with the {weights} weights"
         )
-        self.summary = {"step": done, **self.last.summary()}
+        self.summary = {"step": done, "weights": weights, **self.last.summary()}
         if self.journal:
-            self.journal.write("evaluate", done, **self.last.summary())
+            self.journal.write("evaluate", done, weights=weights, **self.last.summary())
