@@ -12,7 +12,7 @@ from fcn_dist.config import DataConfig, Recipe, ScheduleConfig, TrainConfig
 from fcn_dist.data.loader import Batch
 from fcn_dist.labels import IGNORE_LABEL
 from fcn_dist.ranks import BatchPlan, Rank
-from fcn_dist.training import loop
+from fcn_dist.training.loop import Trainer
 from fcn_dist.training.phases import PhaseClock
 
 RANKS, MICRO_BATCHES, IMAGES = 2, 3, 2
@@ -75,7 +75,12 @@ def test_the_gradient_is_that_of_the_whole_global_batch(kind: Any) -> None:
         check: Any = SimpleNamespace(watch=lambda loss: loss)
         layers: Any = SimpleNamespace(look=seen.append)
         meter: Any = SimpleNamespace(add_losses=logged.extend)
-        loop.accumulate(job, engine, check, meter, PhaseClock(0), layers, 1, labelled, some)
+        others: Any = dict.fromkeys(
+            ("intake", "shortage", "average", "pace", "progress", "journal", "scorer", "keeper")
+        )
+        clock = PhaseClock(0)
+        trainer = Trainer(job, engine, check=check, meter=meter, layers=layers, clock=clock, **others)
+        trainer.accumulate(1, labelled, some)
 
     wanted = engine.scores.detach().clone().requires_grad_()
     full = F.interpolate(wanted, scale_factor=8, mode="bilinear").expand(images, -1, -1, -1)

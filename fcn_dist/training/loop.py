@@ -1,5 +1,6 @@
 """The loop: batch, forward, backward, step; then log, evaluate and save when they are due."""
 
+from dataclasses import dataclass
 from functools import partial
 
 from fcn_dist.data.loader import Batch
@@ -24,88 +25,80 @@ from fcn_dist.training.shortage import Shortage
 from fcn_dist.training.statistics import average_statistics
 
 
-def train_steps(
-    job: Job,
-    engine: Engine,
-    average: WeightAverage,
-    intake: Intake,
-    check: StepCheck,
-    meter: Meter,
-    shortage: Shortage,
-    clock: PhaseClock,
-    pace: PaceReport,
-    layers: LayerReport,
-    first_step: int,
-    progress: TrainingProgress,
-    journal: Journal | None,
-    scorer: Scorer,
-    keeper: Keeper,
-) -> int:
-    """Train steps `first_step` to `job.steps`, or fewer if a rank is asked to stop; returns the steps done."""
-    recipe = job.recipe
-    done = first_step
-    engine.train()
-    for step in range(first_step, job.steps):
-        clock.enter(Phase.DATA, step + 1)
-        micro_batches = intake.take()
-        clock.enter(Phase.AGREEING)
-        agreed = intake.agree(step + 1, micro_batches)
-        if agreed.stop:
-            break
-        done = step + 1
-        rate = learning_rate(recipe.schedule, job.config.learning_rate, step, job.steps)
-        set_learning_rate(engine, job.groups, rate)
-        work = partial(accumulate, job, engine, check, meter, clock, layers, done, agreed.labelled)
-        micro_batches = shortage.train(done, micro_batches, work)
-        average_statistics(engine.module, job.rank)
-        meter.add_step(check.finite(done, micro_batches))
-        average.update()
-        clock.enter(Phase.LOGGING)
-        progress.step(done)
-        layers.write(done)
+@dataclass(frozen=True)
+class Trainer:
+    """A job, its engine, and who does what in a step of it."""
 
-        if due(done, recipe.log.every, job.steps):
-            figures = meter.read(job, engine, done, rate)
-            progress.figures(done, figures)
-            if journal:
-                journal.write("train", done, **figures)
-            pace.compare(done)
-        if due(done, recipe.evaluate.every, job.steps) and (done < job.steps or recipe.evaluate.at_end):
-            clock.enter(Phase.EVALUATING)
-            scorer.score(done)
-        clock.enter(Phase.SAVING)
-        keeper.advance()
-        if done < job.steps and due(done, recipe.checkpoint.every, job.steps):
-            keeper.save(done, scorer.summary)
-    return done
+    job: Job
+    engine: Engine
+    intake: Intake
+    check: StepCheck
+    shortage: Shortage
+    average: WeightAverage
+    meter: Meter
+    layers: LayerReport
+    pace: PaceReport
+    clock: PhaseClock
+    progress: TrainingProgress
+    journal: Journal | None  # on rank 0
+    scorer: Scorer
+    keeper: Keeper
 
+    def train_steps(self, first_step: int) -> int:
+        """Train steps `first_step` to `job.steps`, or fewer if a rank is asked to stop; returns the steps done."""
+        job, recipe, engine, clock = self.job, self.job.recipe, self.engine, self.clock
+        done = first_step
+        engine.train()
+        for step in range(first_step, job.steps):
+            clock.enter(Phase.DATA, step + 1)
+            micro_batches = self.intake.take()
+            clock.enter(Phase.AGREEING)
+            agreed = self.intake.agree(step + 1, micro_batches)
+            if agreed.stop:
+                break
+            done = step + 1
+            rate = learning_rate(recipe.schedule, job.config.learning_rate, step, job.steps)
+            set_learning_rate(engine, job.groups, rate)
+            micro_batches = self.shortage.train(done, micro_batches, partial(self.accumulate, done, agreed.labelled))
+            average_statistics(engine.module, job.rank)
+            self.meter.add_step(self.check.finite(done, micro_batches))
+            self.average.update()
+            clock.enter(Phase.LOGGING)
+            self.progress.step(done)
+            self.layers.write(done)
 
-def accumulate(
-    job: Job,
-    engine: Engine,
-    check: StepCheck,
-    meter: Meter,
-    clock: PhaseClock,
-    layers: LayerReport,
-    done: int,
-    labelled: int,
-    micro_batches: list[Batch],
-) -> None:
-    """Train this rank's micro-batches of step `done`, whose global batch has so many labelled pixels."""
-    # DeepSpeed averages over ranks and accumulation; the loss is a sum over labelled pixels of all of them.
-    divisor = labelled if job.recipe.train.loss == "mean" else job.config.plan.global_batch
-    scale = job.rank.world_size * len(micro_batches) / divisor
-    for number, batch in enumerate(micro_batches, 1):
-        clock.enter(Phase.FORWARD)
-        images, targets = to_device(batch, job.recipe.data, job.recipe.train.seed, job.device)
-        dropout_keys = [key64(job.recipe.train.seed, position) for position in batch.positions]
-        losses = summed_losses(engine, job, images, targets, dropout_keys)
-        clock.enter(Phase.BACKWARD)
-        backward(engine, check.watch(losses.total(job.recipe.train.auxiliary)) * scale)
-        if number == len(micro_batches):
-            layers.look(done)
-        engine.step()
-        meter.add_losses(losses.shares(labelled))
+            if due(done, recipe.log.every, job.steps):
+                figures = self.meter.read(job, engine, done, rate)
+                self.progress.figures(done, figures)
+                if self.journal:
+                    self.journal.write("train", done, **figures)
+                self.pace.compare(done)
+            if due(done, recipe.evaluate.every, job.steps) and (done < job.steps or recipe.evaluate.at_end):
+                clock.enter(Phase.EVALUATING)
+                self.scorer.score(done)
+            clock.enter(Phase.SAVING)
+            self.keeper.advance()
+            if done < job.steps and due(done, recipe.checkpoint.every, job.steps):
+                self.keeper.save(done, self.scorer.summary)
+        return done
+
+    def accumulate(self, done: int, labelled: int, micro_batches: list[Batch]) -> None:
+        """Train this rank's micro-batches of step `done`, whose global batch has so many labelled pixels."""
+        job, engine, train = self.job, self.engine, self.job.recipe.train
+        # DeepSpeed averages over ranks and accumulation; the loss is a sum over labelled pixels of all of them.
+        divisor = labelled if train.loss == "mean" else job.config.plan.global_batch
+        scale = job.rank.world_size * len(micro_batches) / divisor
+        for number, batch in enumerate(micro_batches, 1):
+            self.clock.enter(Phase.FORWARD)
+            images, targets = to_device(batch, job.recipe.data, train.seed, job.device)
+            dropout_keys = [key64(train.seed, position) for position in batch.positions]
+            losses = summed_losses(engine, job, images, targets, dropout_keys)
+            self.clock.enter(Phase.BACKWARD)
+            backward(engine, self.check.watch(losses.total(train.auxiliary)) * scale)
+            if number == len(micro_batches):
+                self.layers.look(done)
+            engine.step()
+            self.meter.add_losses(losses.shares(labelled))
 
 
 def due(done: int, every: int, steps: int) -> bool:

@@ -38,7 +38,7 @@ from fcn_dist.training.intake import Intake
 from fcn_dist.training.job import Job
 from fcn_dist.training.keeper import Keeper
 from fcn_dist.training.layers import LayerReport
-from fcn_dist.training.loop import train_steps
+from fcn_dist.training.loop import Trainer
 from fcn_dist.training.meter import Meter
 from fcn_dist.training.pace import DeviceEvents, PaceReport
 from fcn_dist.training.phases import Phase, PhaseClock
@@ -161,27 +161,24 @@ def _train(config: RunConfig, stop: StopRequest) -> Scores | None:
         intake = Intake(batches, plan.accumulation, rank, job.device, bad_samples, stop)
         check = StepCheck(job, engine, ready.shard_set, config.output, progress, journal)
         meter = Meter(job.device, clock)
-        shortage = Shortage(job, engine, check, meter, config.output, ready.record, progress, journal)
-        pace = PaceReport(rank, clock, events, first_step, progress, journal)
-        layers = LayerReport(engine, job.recipe.log.layers, journal)
+        trainer = Trainer(
+            job=job,
+            engine=engine,
+            intake=intake,
+            check=check,
+            shortage=Shortage(job, engine, check, meter, config.output, ready.record, progress, journal),
+            average=average,
+            meter=meter,
+            layers=LayerReport(engine, job.recipe.log.layers, journal),
+            pace=PaceReport(rank, clock, events, first_step, progress, journal),
+            clock=clock,
+            progress=progress,
+            journal=journal,
+            scorer=scorer,
+            keeper=keeper,
+        )
         with keeper:
-            done = train_steps(
-                job,
-                engine,
-                average,
-                intake,
-                check,
-                meter,
-                shortage,
-                clock,
-                pace,
-                layers,
-                first_step,
-                progress,
-                journal,
-                scorer,
-                keeper,
-            )
+            done = trainer.train_steps(first_step)
         stop.saving = True
         clock.enter(Phase.SAVING)
         keeper.close(done, scorer.summary)
