@@ -50,6 +50,7 @@ class Scorer:
             f"step {done}: {self.shard_set.split} pixel accuracy {100 * official.pixel_accuracy:.2f} %, mean IoU "
             f"{100 * official.mean_iou:.2f} % with the {weights} weights"
         )
-        self.summary = {"step": done, "weights": weights, **self.last.summary()}
+        told = {"weights": weights, **self.last.summary()}
+        self.summary = {"step": done, **told}
         if self.journal:
-            self.journal.write("evaluate", done, weights=weights, **self.last.summary())
+            self.journal.write("evaluate", done, **told)
