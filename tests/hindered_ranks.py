@@ -15,7 +15,7 @@ from fcn_dist.commands.entry import run_script
 from fcn_dist.data.crops import CropReader
 from fcn_dist.model.fcn import FCN
 from fcn_dist.scoring import evaluate as scoring
-from fcn_dist.training import keeper, loop
+from fcn_dist.training import keeper, objective
 
 
 class Hinder:
@@ -62,7 +62,7 @@ def write_slowly(path: Path, seconds: float) -> None:
 PLACES: dict[str, tuple[Any, str]] = {
     "data": (CropReader, "fill"),
     "forward": (FCN, "forward"),
-    "backward": (loop, "summed_cross_entropy"),
+    "backward": (objective, "summed_cross_entropy"),
     "evaluate": (scoring, "argmax_upsampled"),
     "save": (keeper, "commit"),
 }

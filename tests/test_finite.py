@@ -185,11 +185,11 @@ import sys
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from fcn_dist.commands.entry import run_script
 from fcn_dist.ranks import Rank
-from fcn_dist.training import loop
+from fcn_dist.training import objective
 
 CPU_Accelerator.is_fp16_supported = lambda self: True
 computed, first, bad = 0, {first}, {steps}
-cross_entropy = loop.summed_cross_entropy
+cross_entropy = objective.summed_cross_entropy
 
 def spoilt(*arguments):
     global computed
@@ -197,7 +197,7 @@ def spoilt(*arguments):
     loss = cross_entropy(*arguments)
     return loss * float("nan") if Rank.from_environment().index == 1 and first + computed in bad else loss
 
-loop.summed_cross_entropy = spoilt
+objective.summed_cross_entropy = spoilt
 sys.exit(run_script("train"))
 """
 
