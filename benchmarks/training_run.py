@@ -82,11 +82,15 @@ def curve(trained: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
 
 
 def measured(trainings: Sequence[Training], shards: Path, scratch: Path, limit: float) -> list[Measured]:
-    """Each training once, one after the other."""
+    """Each training once, one after the other; after Ctrl-C, those that are done."""
     found = []
     for number, training in enumerate(trainings, 1):
         status_console.print(f"{number} of {len(trainings)}: {training.name}")
-        result = training.run(shards, scratch, limit)
+        try:
+            result = training.run(shards, scratch, limit)
+        except KeyboardInterrupt:
+            status_console.print("interrupted; what is done is reported")
+            break
         contender = Contender(training.name, "launch/train.py", {"settings": training.settings}, training.does)
         problem = str(result.get("problem", ""))
         found.append(Measured(contender, [] if problem else [result], problem))
