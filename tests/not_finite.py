@@ -22,7 +22,7 @@ from fcn_dist.errors import EarlyEnd
 from fcn_dist.model.loss import summed_cross_entropy
 from fcn_dist.ranks import Rank
 from fcn_dist.recipefile import recipe_from_dict
-from fcn_dist.training import objective, run
+from fcn_dist.training import objective, ready, run
 from fcn_dist.training.engine import build_engine, loss_scale
 from fcn_dist.training.finite import StepCheck
 from fcn_dist.training.intake import Agreement, Intake
@@ -31,7 +31,7 @@ CPU_Accelerator.is_fp16_supported = lambda self: True  # as in fp16_anywhere.py
 
 SHARDS, OUT, CASES = sys.argv[-3:]  # the launcher puts an argument of its own before them
 RANK = Rank.from_environment().index
-BUILD_MODEL, AGREE, FINITE = run.build_model, Intake.agree, StepCheck.finite
+BUILD_MODEL, AGREE, FINITE = ready.build_model, Intake.agree, StepCheck.finite
 BACKWARD = deepspeed.DeepSpeedEngine.backward
 RECIPE = {
     "data": {"crop": [32, 40], "workers": 0},
@@ -81,7 +81,7 @@ class Fault:
     def run(self) -> None:
         with (
             patch.object(objective, "summed_cross_entropy", self.loss),
-            patch.object(run, "build_model", self.model_with_hook),
+            patch.object(ready, "build_model", self.model_with_hook),
         ):
             run_case(self)
 
@@ -187,13 +187,13 @@ def run_case(fault: Fault) -> None:
     }
     ended = "done"
     with (
-        patch.object(run, "build_engine", built),
+        patch.object(ready, "build_engine", built),
         patch.object(Intake, "agree", agree),
         patch.object(deepspeed.DeepSpeedEngine, "backward", backward),
         patch.object(StepCheck, "finite", finite),
     ):
         try:
-            run.train(run.RunConfig(SHARDS, out, recipe, config))
+            run.train(ready.RunConfig(SHARDS, out, recipe, config))
         except EarlyEnd as end:
             ended = f"{end.code}: {end}"
     Path(OUT, f"{case['name']}-rank{RANK}.json").write_text(json.dumps({"steps": seen, "ended": ended}))

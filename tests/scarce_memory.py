@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from fcn_dist.commands.entry import run_script
-from fcn_dist.training import collective, run
+from fcn_dist.training import collective, ready
 from fcn_dist.training.shortage import Shortage
 
 RANK, STEP, MEGABYTES = map(int, os.environ["SCARCE"].split(":"))
-FIT, TRAIN = vars(run)["fit"], Shortage.train
+FIT, TRAIN = vars(ready)["fit"], Shortage.train
 
 
 def return_freed_memory() -> None:
@@ -51,7 +51,7 @@ def train(self: Shortage, done: int, *arguments: Any) -> Any:
 
 
 vars(collective)["keep_freed_memory"] = return_freed_memory
-vars(run)["fit"] = fit
+vars(ready)["fit"] = fit
 Shortage.train = train  # type: ignore[method-assign,assignment]
 
 if __name__ == "__main__":

@@ -17,13 +17,13 @@ from torch import Tensor
 from fcn_dist.commands.ranks import among_ranks
 from fcn_dist.ranks import Rank
 from fcn_dist.recipefile import recipe_from_dict
-from fcn_dist.training import loop, run
+from fcn_dist.training import loop, ready, run
 
 CPU_Accelerator.is_fp16_supported = lambda self: True  # as in fp16_anywhere.py
 
 SHARDS, OUT, CASES = sys.argv[-3:]  # the launcher puts an argument of its own before them
 RANK = Rank.from_environment().index
-BUILD_MODEL, TO_DEVICE = run.build_model, vars(loop)["to_device"]
+BUILD_MODEL, TO_DEVICE = ready.build_model, vars(loop)["to_device"]
 RECIPE = {
     "data": {"crop": [32, 40], "workers": 0},
     "model": {"width": 0.0625, "head_width": 24, "dropout": 0.3},
@@ -85,11 +85,11 @@ def run_case(case: dict[str, Any], name: str, fault: Fault) -> None:
         **case["config"],
     }
     with (
-        patch.object(run, "build_model", build),
-        patch.object(run, "fit", cut_into(case["accumulation"])),
+        patch.object(ready, "build_model", build),
+        patch.object(ready, "fit", cut_into(case["accumulation"])),
         patch.object(loop, "to_device", fault.to_device),
     ):
-        run.train(run.RunConfig(SHARDS, Path(OUT) / name, recipe, config))
+        run.train(ready.RunConfig(SHARDS, Path(OUT) / name, recipe, config))
     Path(OUT, f"{name}-rank{RANK}.json").write_text(json.dumps(models[0][0].forwards.item()))
 
 

@@ -29,7 +29,7 @@ from fcn_dist.model.relupool import POOLS
 from fcn_dist.recipefile import load_recipe
 from fcn_dist.training.entry import refuse_another_run
 from fcn_dist.training.objective import summed_losses
-from fcn_dist.training.run import build_model
+from fcn_dist.training.ready import build_model
 from fcn_dist.training.runfolder import RunRecord, read_run_record
 from fcn_dist.training.schedule import parameter_groups
 

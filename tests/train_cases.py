@@ -23,8 +23,8 @@ from fcn_dist.commands.ranks import among_ranks
 from fcn_dist.commands.train import run_config
 from fcn_dist.console import run_command
 from fcn_dist.ranks import Rank
-from fcn_dist.training import loop, run
-from fcn_dist.training.run import build_model
+from fcn_dist.training import loop, ready, run
+from fcn_dist.training.ready import build_model
 from fcn_dist.training.statistics import average_statistics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     out, shards, recipe, *cases = [argument for argument in argv if not argument.startswith("--")]
     resume = [argument for argument in argv if argument == "--resume"]
     if resume:
-        vars(run)["build_model"] = build_wrong
+        vars(ready)["build_model"] = build_wrong
     with among_ranks():
         train(cases, Path(out), shards, recipe, resume)
 

@@ -8,7 +8,8 @@ from fcn_dist.config import Recipe
 from fcn_dist.recipefile import load_recipe, recipe_from_dict
 from fcn_dist.training.deepspeed_config import read_deepspeed_config
 from fcn_dist.training.entry import Start
-from fcn_dist.training.run import RunConfig, train
+from fcn_dist.training.ready import RunConfig
+from fcn_dist.training.run import train
 from fcn_dist.training.runfolder import RUN_NAME, read_run_record
 
 

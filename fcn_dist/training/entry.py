@@ -146,7 +146,7 @@ def refuse_another_run(before: RunRecord, now: RunRecord, run_dir: Path) -> None
             **{f"data.{key}": value for key, value in recipe["data"].items() if key not in NOT_DECISIVE},
             **{f"model.{key}": value for key, value in recipe["model"].items() if key != "weights"},
             "train.seed": recipe["train"]["seed"],
-            "train.auxiliary > 0": recipe["train"].get("auxiliary", 0.0) > 0,
+            "train.auxiliary > 0": recipe["train"]["auxiliary"] > 0,
             "the global batch": record.global_batch,
             "the training index's SHA-256": record.index_sha256[TRAINING_SPLIT],
         }

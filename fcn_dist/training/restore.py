@@ -65,7 +65,7 @@ def change_of_cut(saved: CheckpointState, config: EngineConfig) -> list[str]:
 
 def change_of_average(saved: CheckpointState, decay: float | None) -> list[str]:
     """A line on the moving average of the weights, unless it goes on as it was."""
-    before, step = saved.recipe["train"].get("ema"), saved.step
+    before, step = saved.recipe["train"]["ema"], saved.step
     if decay == before:
         return []
     if decay is None:
