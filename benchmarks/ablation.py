@@ -12,15 +12,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from measure import Measured
 from report import DOES, Table, one_line, write_report
-from training_run import RECIPES, Training, measured, shards_of
+from training_run import RECIPES, Training, check_weights, device, end, measured, options, shards_of
 
 from fcn_dist.console import run_command
 from fcn_dist.errors import UserError
 
-LIMIT = 3600.0  # seconds for one training
 SHORT_SIDE = 120  # pixels of the images that are packed
 CROP = "[96,128]"
 BATCH, RATE = 16, 3e-4  # of all rows that say nothing else
@@ -37,34 +35,31 @@ COMMON = (
 
 def main(argv: list[str]) -> None:
     """Train and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     add = parser.add_argument
-    add("camvid", type=Path, metavar="CAMVID", help="folder of scenes, or of shards")
-    add("--weights", type=Path, required=True, metavar="FILE", help="VGG16's convolutions")
     add("--images", type=int, default=1280, metavar="N", help="that each row is trained on (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     add("--only", action="append", default=[], metavar="TEXT", help="rows whose name contains it; may be repeated")
-    add("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE", help="of the recipe, in all rows")
-    add("--output", type=Path, default=Path("benchmark-reports"), metavar="DIR", help="default: %(default)s")
     args = parser.parse_args(argv)
-    if not args.weights.is_file():
-        raise UserError(f"{args.weights} is no file; VGG16's convolutions are needed (--weights)")
+    check_weights(args.weights)
+    rows = trainings(args)
     with tempfile.TemporaryDirectory() as scratch:
-        shards = shards_of(args.camvid, Path(scratch), SHORT_SIDE)
-        found = measured(trainings(args), shards, Path(scratch), LIMIT)
-    on_gpu = torch.cuda.is_available()
+        found = measured(rows, shards_of(args.camvid, Path(scratch), SHORT_SIDE), Path(scratch))
+    name, kind = device()
     facts = {
-        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "device": name,
         "images": f"{args.images} in each row, crops of {CROP}",
         "learning rate": f"{RATE:g} at batch {BATCH}, as the square root of the batch; falls to 0",
     }
-    write_report(args.output, f"ablation-{'cuda' if on_gpu else 'cpu'}", facts, [table(found)], found)
-    if any(one.problem for one in found):
-        raise SystemExit(1)
+    write_report(args.output, f"ablation-{kind}", facts, [table(found)], found)
+    end(rows, found)
 
 
 def trainings(args: argparse.Namespace) -> list[Training]:
-    """The rows; what is not pretrained trains all of its stages, what is the last two and the head."""
+    """The rows; what is not pretrained trains all of its stages, what is the last two and the head.
+
+    Raises UserError if one of them cannot be trained on just so many images.
+    """
     weights = (f"model.weights={args.weights.resolve()}", "model.frozen_stages=3")
     at_once, plain = ("model.variant=fcn8s", "model.at_once=true"), ("model.at_once=false",)
     rows = [
@@ -85,9 +80,14 @@ def trainings(args: argparse.Namespace) -> list[Training]:
     for name, batch, settings, does in rows:
         if args.only and not any(text in name for text in args.only):
             continue
+        if args.images < batch or args.images % batch:
+            raise UserError(
+                f"--images is {args.images}, and {name!r} trains {batch} a step; rows of as many images need a "
+                f"multiple of {batch}; give one, or leave rows out with --only"
+            )
         cut = (
             f"train.global_batch={batch}",
-            f"schedule.steps={max(1, args.images // batch)}",
+            f"schedule.steps={args.images // batch}",
             f"schedule.learning_rate={RATE * (batch / BATCH) ** 0.5:g}",
             f"train.seed={args.seed}",
         )

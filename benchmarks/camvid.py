@@ -6,27 +6,25 @@ CAMVID is a folder of scenes or of shards. The recipe is camvid.yaml on one GPU,
 none. Prints tables, and writes them as Markdown with every figure as JSON.
 """
 
-import argparse
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
 from measure import Measured
 from report import Table, one_line, write_report
-from training_run import RECIPES, Training, measured, shards_of
+from training_run import RECIPES, Training, check_weights, device, end, measured, options, shards_of
 
 from fcn_dist.config import ModelConfig
 from fcn_dist.console import run_command
 from fcn_dist.data.shardset import ShardSet
-from fcn_dist.errors import UserError
-from fcn_dist.model.fcn import FCN
+from fcn_dist.model.fcn import FCN, HEAD_CHANNELS, scaled
 from fcn_dist.recipefile import load_recipe
 from fcn_dist.training.schedule import total_steps
 
-LIMIT = 3600.0  # seconds for one training
-LOOKS = 50  # at the layers, of the first seed
+LOOKS = 250  # at the layers, of the first seed, so that the first of them is an early one
 PARTS = ("stage 1", "stage 2", "stage 3", "stage 4", "stage 5", "fc6 and fc7", "score layers")
 SCORES = ("mean IoU", "pixel accuracy", "mean accuracy")
 # Published for FCN-8s with ImageNet's VGG16 on CamVid's test split, which is another one.
@@ -35,33 +33,28 @@ PUBLISHED = ("published, test split", "57.0", "88.0")
 
 def main(argv: list[str]) -> None:
     """Train and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     add = parser.add_argument
-    add("camvid", type=Path, metavar="CAMVID", help="folder of scenes, or of shards")
-    add("--weights", type=Path, required=True, metavar="FILE", help="VGG16's convolutions")
     add("--recipe", type=Path, metavar="FILE", help="default: camvid.yaml on a GPU, camvid_cpu.yaml without")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
-    add("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE", help="of the recipe, otherwise")
-    add("--output", type=Path, default=Path("benchmark-reports"), metavar="DIR", help="default: %(default)s")
     args = parser.parse_args(argv)
-    if not args.weights.is_file():
-        raise UserError(f"{args.weights} is no file; VGG16's convolutions are needed (--weights)")
-    on_gpu = torch.cuda.is_available()
-    recipe = args.recipe or RECIPES / ("camvid.yaml" if on_gpu else "camvid_cpu.yaml")
+    check_weights(args.weights)
+    name, kind = device()
+    recipe = args.recipe or RECIPES / ("camvid.yaml" if kind == "cuda" else "camvid_cpu.yaml")
     settings = [f"model.weights={args.weights.resolve()}", *args.settings]
     with tempfile.TemporaryDirectory() as scratch:
         shards = shards_of(args.camvid, Path(scratch), short_side=None)
-        found = measured(trainings(recipe, settings, args.seeds, shards), shards, Path(scratch), LIMIT)
+        rows = trainings(recipe, settings, args.seeds, shards)
+        found = measured(rows, shards, Path(scratch))
     model = load_recipe(recipe, settings).model
     facts = {
-        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "device": name,
         "recipe": recipe.name,
-        "network": f"{model.variant} on {model.backbone}, head of {model.head_width or 4096}",
+        "network": f"{model.variant} on {model.backbone}, {head_channels(model)} channels in fc6 and fc7",
     }
-    tables = [scores_table(found), curves_table(found), *layers_tables(found, model)]
-    write_report(args.output, f"camvid-{'cuda' if on_gpu else 'cpu'}", facts, tables, found)
-    if any(one.problem for one in found):
-        raise SystemExit(1)
+    tables = [scores_table(found), curves_table(found), *gradient_tables(found, model)]
+    write_report(args.output, f"camvid-{kind}", facts, tables, found)
+    end(rows, found)
 
 
 def trainings(recipe: Path, settings: list[str], seeds: list[int], shards: Path) -> list[Training]:
@@ -74,6 +67,11 @@ def trainings(recipe: Path, settings: list[str], seeds: list[int], shards: Path)
         Training(f"seed {seed}", recipe, (*settings, f"train.seed={seed}", *(looks if number == 0 else [])))
         for number, seed in enumerate(seeds)
     ]
+
+
+def head_channels(config: ModelConfig) -> int:
+    """Of fc6 and fc7."""
+    return config.head_width or scaled(HEAD_CHANNELS, config.width)
 
 
 def scores_table(found: list[Measured]) -> Table:
@@ -104,34 +102,41 @@ def curves_table(found: list[Measured]) -> Table:
     return Table("loss, mean of the steps up to", ("", *steps), rows)
 
 
-def layers_tables(found: list[Measured], model: ModelConfig) -> list[Table]:
+def gradient_tables(found: list[Measured], config: ModelConfig) -> list[Table]:
     """Where the gradient was, at looks that lie further and further apart, of the run that looked."""
-    seen = [one.rounds[0]["layers"] for one in found if not one.problem and one.rounds[0]["layers"]]
-    if not seen:
+    looked = [run["gradients"] for one in found for run in one.rounds if run["gradients"]]
+    if not looked:
         return []
-    looks = seen[0]
-    numbers = sorted({*(2**power for power in range(12)), len(looks)})
-    of_layer = parts_of(model)
+    looks = looked[0]
+    stage_of = stages_of(config)
     rows = []
-    for look in (looks[number - 1] for number in numbers if number <= len(looks)):
+    for step, norms in (looks[number] for number in spread(len(looks))):
         squares = dict.fromkeys(PARTS, 0.0)
-        for name, values in look["layers"].items():
-            squares[of_layer[name.rpartition(".")[0]]] += (values["gradient"]["norm"] or 0.0) ** 2
+        for name, norm in norms.items():
+            squares[part_of(name.rpartition(".")[0], stage_of)] += norm**2
         whole = sum(squares.values()) or 1.0
-        rows.append((f"step {look['step']}", *(f"{100 * square / whole:.2f}" for square in squares.values())))
+        rows.append((f"step {step}", *(f"{100 * square / whole:.2f}" for square in squares.values())))
     return [Table("share of the squared gradient in each part of the network, %", ("", *PARTS), tuple(rows))]
 
 
-def parts_of(config: ModelConfig) -> dict[str, str]:
-    """By layer, the one of `PARTS` it belongs to."""
+def spread(count: int) -> list[int]:
+    """Of so many, the first, second, fourth and so on, and the last: their numbers from 0."""
+    return sorted({2**power - 1 for power in range(count.bit_length())} | {count - 1})
+
+
+def part_of(layer: str, stage_of: Mapping[str, int]) -> str:
+    """The one of `PARTS` that a layer belongs to; auxiliary heads are score layers."""
+    if layer in stage_of:
+        return PARTS[stage_of[layer] - 1]
+    return PARTS[5] if layer in ("fc6", "fc7") else PARTS[6]
+
+
+def stages_of(config: ModelConfig) -> dict[str, int]:
+    """The stage of each layer of the trunk, by its name."""
     with torch.device("meta"):
         model = FCN(1, config)
-    stages = [layer for stage in model.stages() for layer in stage]
-    numbers = [number for number, stage in enumerate(model.stages()) for _ in stage]
-    found = {name: PARTS[numbers[stages.index(layer)]] for name, layer in model.features.named_children()}
-    found = {f"features.{name}": part for name, part in found.items()}
-    head = {name: PARTS[5 if name.startswith("fc") else 6] for name, _ in model.named_children() if name != "features"}
-    return found | head
+    numbers = [number for number, stage in enumerate(model.stages(), 1) for _ in stage]
+    return {f"features.{layer}": number for layer, number in enumerate(numbers)}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """One whole training as its users start it in, its scores, time, memory and curves out."""
 
+import argparse
 import json
 import os
 import tempfile
@@ -19,7 +20,9 @@ from fcn_dist.data.packing.run import pack
 from fcn_dist.data.shard import INDEX_NAME
 from fcn_dist.errors import UserError
 
+LIMIT = 3600.0  # seconds for one training
 POINTS = 10  # of a curve
+ALWAYS = "evaluate.at_end=true"
 RECIPES = ROOT / "launch" / "recipes"
 CPU_RANKS = 2
 
@@ -38,17 +41,17 @@ class Training:
         """One GPU, or as many processes as there are cores, up to two."""
         return 1 if torch.cuda.is_available() else min(CPU_RANKS, len(os.sched_getaffinity(0)))
 
-    def run(self, shards: Path, scratch: Path, limit: float) -> dict[str, Any]:
-        """Train in `limit` seconds at most; figures by name, or {"problem": ...}."""
+    def run(self, shards: Path, scratch: Path) -> dict[str, Any]:
+        """Train in `LIMIT` seconds at most; figures by name, or {"problem": ...}."""
         precision = "bf16" if torch.cuda.is_available() else "fp32"
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             out = Path(folder) / "run"
             command = [str(ROOT / "launch" / "train.py"), "--shards", str(shards), "--output", str(out)]
             command += ["--recipe", str(self.recipe)]
             command += ["--deepspeed_config", str(ROOT / "launch" / "zero" / f"zero1_{precision}.json")]
-            command += [word for setting in self.settings for word in ("--set", setting)]
+            command += [word for setting in (*self.settings, ALWAYS) for word in ("--set", setting)]
             began = perf_counter()
-            problem = launch(command, self.ranks, Path(folder), limit)
+            problem = launch(command, self.ranks, Path(folder), LIMIT)
             if problem:
                 return {"problem": problem}
             lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -70,8 +73,13 @@ def figures(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "peak GB": max(line["peak_memory"] for line in trained) / 1e9,
         "losses": curve(trained),
         "scores": [(line["step"], 100 * line["official"]["mean_iou"]) for line in scored],
-        "layers": [line for line in lines if line["event"] == "layers"],
+        "gradients": [(line["step"], gradient_norms(line["layers"])) for line in lines if line["event"] == "layers"],
     }
+
+
+def gradient_norms(layers: dict[str, Any]) -> dict[str, float]:
+    """By parameter; 0 where it was not finite."""
+    return {name: seen["gradient"]["norm"] or 0.0 for name, seen in layers.items()}
 
 
 def curve(trained: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
@@ -81,13 +89,13 @@ def curve(trained: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
     return [(part[-1]["step"], sum(line["loss"] for line in part) / len(part)) for part in parts]
 
 
-def measured(trainings: Sequence[Training], shards: Path, scratch: Path, limit: float) -> list[Measured]:
+def measured(trainings: Sequence[Training], shards: Path, scratch: Path) -> list[Measured]:
     """Each training once, one after the other; after Ctrl-C, those that are done."""
     found = []
     for number, training in enumerate(trainings, 1):
         status_console.print(f"{number} of {len(trainings)}: {training.name}")
         try:
-            result = training.run(shards, scratch, limit)
+            result = training.run(shards, scratch)
         except KeyboardInterrupt:
             status_console.print("interrupted; what is done is reported")
             break
@@ -96,6 +104,34 @@ def measured(trainings: Sequence[Training], shards: Path, scratch: Path, limit: 
         found.append(Measured(contender, [] if problem else [result], problem))
         status_console.print(problem or f"mean IoU {result['mean IoU']:.2f} % after {result['seconds']:.0f} s")
     return found
+
+
+def options(doc: str | None) -> argparse.ArgumentParser:
+    """What both benchmarks take."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("camvid", type=Path, metavar="CAMVID", help="folder of scenes, or of shards")
+    add("--weights", type=Path, required=True, metavar="FILE", help="VGG16's convolutions")
+    add("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE", help="of the recipe, otherwise")
+    add("--output", type=Path, default=Path("benchmark-reports"), metavar="DIR", help="default: %(default)s")
+    return parser
+
+
+def check_weights(path: Path) -> None:
+    """Raise UserError if there is no such file."""
+    if not path.is_file():
+        raise UserError(f"{path} is no file; VGG16's convolutions are needed; give --weights a file that is there")
+
+
+def end(trainings: Sequence[Training], found: Sequence[Measured]) -> None:
+    """Exit with 1 unless every training has its figures."""
+    if len(found) < len(trainings) or any(one.problem for one in found):
+        raise SystemExit(1)
+
+
+def device() -> tuple[str, str]:
+    """The device's name, and what reports are called by it."""
+    return (torch.cuda.get_device_name(), "cuda") if torch.cuda.is_available() else ("CPU", "cpu")
 
 
 def shards_of(folder: Path, scratch: Path, short_side: int | None) -> Path:

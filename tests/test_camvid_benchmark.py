@@ -9,6 +9,7 @@ import ablation
 import camvid
 import pytest
 import training_run
+from measure import Contender, Measured
 from safetensors.torch import save_file
 from test_pretrained import HEAD, vgg_state
 
@@ -45,6 +46,7 @@ def test_seeds_are_trained_scored_and_looked_into(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["camvid.py"])
     steps = ["--set", "schedule.steps=2", "--set", "log.every=1", "--set", "train.global_batch=2"]
+    steps += ["--set", "train.auxiliary=0.2"]  # whose heads are among the layers
     camvid.main([*inputs, *steps, "--seeds", "3", "4", "--output", str(tmp_path)])
     report = tmp_path / "camvid-cpu.json"
     found = rows(report)
@@ -78,13 +80,43 @@ def test_a_batch_changes_the_steps_and_not_the_images(tmp_path: Path) -> None:
         assert (recipe.model.weights is None) == ("not pretrained" in training.name) == (not recipe.model.frozen_stages)
 
 
+@pytest.mark.parametrize("images", [0, 32, 100])
+def test_rows_that_cannot_be_of_as_many_images_are_refused(images: int, tmp_path: Path) -> None:
+    args = argparse.Namespace(weights=tmp_path / "vgg.safetensors", images=images, seed=0, only=[], settings=[])
+    with pytest.raises(UserError, match=f"--images is {images}.*multiple of"):
+        ablation.trainings(args)
+
+
 def test_every_layer_belongs_to_a_part_of_the_network() -> None:
-    found = camvid.parts_of(ModelConfig())
-    assert [found[f"features.{number}"] for number in (0, 2, 5, 10, 14, 17, 28)] == [
-        f"stage {stage}" for stage in (1, 1, 2, 3, 3, 4, 5)
-    ]
-    assert found["fc6"] == found["fc7"] == "fc6 and fc7"
-    assert found["score_fr"] == found["score_pool4"] == found["score_pool3"] == "score layers"
+    stages = camvid.stages_of(ModelConfig())
+    convolutions = (
+        "features.0",
+        "features.2",
+        "features.5",
+        "features.10",
+        "features.14",
+        "features.17",
+        "features.28",
+    )
+    found = [camvid.part_of(layer, stages) for layer in convolutions]
+    assert found == [f"stage {stage}" for stage in (1, 1, 2, 3, 3, 4, 5)]
+    assert {camvid.part_of(layer, stages) for layer in ("fc6", "fc7")} == {"fc6 and fc7"}
+    scores = ("score_fr", "score_pool4", "score_pool3", "auxiliary.pool3")
+    assert {camvid.part_of(layer, stages) for layer in scores} == {"score layers"}
+
+
+def test_looks_lie_further_and_further_apart() -> None:
+    assert [camvid.spread(count) for count in (1, 2, 5, 9)] == [[0], [0, 1], [0, 1, 3, 4], [0, 1, 3, 7, 8]]
+    assert camvid.spread(260) == [0, 1, 3, 7, 15, 31, 63, 127, 255, 259]
+
+
+def test_a_series_without_all_of_its_figures_does_not_end_well(tmp_path: Path) -> None:
+    training = training_run.Training("a", tmp_path)
+    done, failed = (Measured(Contender("a", "", {}), [], problem) for problem in ("", "exit code 1"))
+    training_run.end([training], [done])
+    for found in ([], [failed]):
+        with pytest.raises(SystemExit):
+            training_run.end([training], found)
 
 
 def test_a_curve_has_the_means_of_equal_parts() -> None:
