@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import cv2
 import numpy as np
@@ -23,9 +24,11 @@ from fcn_dist.data.transforms import decode
 from fcn_dist.deploy.confusion import draw_confusion
 from fcn_dist.deploy.modelfile import write_model_file
 from fcn_dist.errors import EarlyEnd, UserError
+from fcn_dist.model import inference
 from fcn_dist.model.description import ModelDescription
 from fcn_dist.model.fcn import FCN
 from fcn_dist.model.views import Views
+from fcn_dist.model.winograd import WinogradConv2d
 from fcn_dist.ranks import Rank
 from fcn_dist.scoring.evaluate import check_classes, evaluate, rounds
 from fcn_dist.scoring.metrics import ConfusionMatrix
@@ -162,6 +165,25 @@ def test_the_command_says_what_it_left_out_and_writes_the_matrix(
         assert run_script("evaluate", [*command[:4], "--confusion", str(tmp_path / name)]) == 2
         assert f"ends in {end}; .csv (pixels) or .png" in capsys.readouterr().err.replace("\n", " ")
         assert not (tmp_path / name).exists()
+
+
+def test_the_command_computes_as_for_inference_and_counts_the_same(
+    scenes: Path, shard_set: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network(NUM_CLASSES)
+    description = ModelDescription(
+        model.config, model.preprocessing, shard_set.classes, shard_set.colours, score_other=False
+    )
+    write_model_file(tmp_path / "m.safetensors", model.state_dict(), description, {})
+    monkeypatch.setattr(inference, "WINOGRAD_FROM", 1)
+    command = ["--model", str(tmp_path / "m.safetensors"), "--shards", str(Path(shard_set.location).parent)]
+    with patch.object(WinogradConv2d, "forward", autospec=True, side_effect=WinogradConv2d.forward) as forward:
+        assert run_script("evaluate", [*command, "--json", str(tmp_path / "s.json")]) == 0
+    assert forward.call_count == 14 * COUNT
+    counts = np.array(json.loads((tmp_path / "s.json").read_text())["confusion"])
+    wanted = plain_loop(network(NUM_CLASSES), scenes, score_other=False)
+    # Where two classes are as good as equal, either may win.
+    assert counts.sum() == wanted.sum() and np.abs(counts - wanted).sum() <= 4
 
 
 def test_classes_are_reported_by_iou_with_the_pixels_behind_it(capsys: pytest.CaptureFixture[str]) -> None:

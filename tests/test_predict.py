@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from fcn_dist.deploy.imagefiles import read_rgb
 from fcn_dist.deploy.modelfile import write_model_file
 from fcn_dist.deploy.predict import Predictor
 from fcn_dist.errors import UserError
+from fcn_dist.model import inference
 from fcn_dist.model.views import Views
+from fcn_dist.model.winograd import WinogradConv2d
 
 ORIENTATION = 0x0112  # the EXIF tag
 
@@ -55,6 +58,17 @@ def test_labels_are_the_best_output_of_the_network_plus_one(predictor: Predictor
     # Where two classes are as good as equal, either is right.
     best = np.take_along_axis(wanted, labels[None].astype(int) - 1, axis=0)[0]
     assert labels.min() >= 1 and (best >= wanted.max(axis=0) - 1e-5).all()
+
+
+def test_large_convolutions_are_computed_as_for_inference(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "WINOGRAD_FROM", 1)
+    image = pixels(45, 83)
+    with torch.inference_mode():
+        wanted = tiny_network()(torch.from_numpy(image.copy()).unsqueeze(0))[0].numpy()
+    with patch.object(WinogradConv2d, "forward", autospec=True, side_effect=WinogradConv2d.forward) as forward:
+        found = Predictor.from_file(model, "cpu", "float32").scores(image)
+    assert forward.call_count == 14
+    assert np.allclose(found, wanted, atol=3e-5 * abs(wanted).max())
 
 
 def test_labels_differ_within_an_image(predictor: Predictor) -> None:

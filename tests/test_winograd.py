@@ -78,6 +78,7 @@ def test_full_width_replaces_the_convolutions_of_many_channels_alone() -> None:
         model = FCN(5, ModelConfig())
     model = for_inference(model.to_empty(device="cpu"))
     fast = [name for name, layer in model.named_modules() if isinstance(layer, WinogradConv2d)]
+    assert not any(isinstance(model.features[int(name.partition(".")[2]) + 1], nn.ReLU) for name in fast[:-1])
     assert fast == [f"features.{number}" for number in (10, 12, 14, 17, 19, 21, 24, 26, 28)] + ["fc6"]
 
 
