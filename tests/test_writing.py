@@ -4,12 +4,15 @@ import errno
 import os
 from collections import OrderedDict
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 
 import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
+from fcn_dist.checkpoints.restricted import load_restricted
 from fcn_dist.files import sha256
 from fcn_dist.training.snapshot import Snapshots, host_copy
 from fcn_dist.training.writing import Writing, write_file
@@ -50,6 +53,16 @@ def test_what_is_written_is_what_torch_reads_and_what_was_hashed(tmp_path: Path,
         assert (path.stat().st_size, sha256(path)) == (file.size, file.sha256)
     read = Snapshots().load(str(tmp_path / "state.pt"))
     assert torch.equal(read["flat"], torch.arange(1000.0)) and read["scaler"].cur_scale == 8.0
+
+
+def test_an_enumeration_is_read_back_as_its_value_whatever_python_pickles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As Python 3.11.2 has it, and 3.11.7 does not any more.
+    monkeypatch.setattr(Enum, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self.name)))
+    write_file(tmp_path / "state.pt", host_copy({"stages": [ZeroStageEnum.gradients]}))
+    for read in (Snapshots().load(str(tmp_path / "state.pt")), load_restricted(tmp_path / "state.pt")):
+        assert read == {"stages": [2]} and type(read["stages"][0]) is int
 
 
 def test_a_file_that_is_there_already_is_not_written_over(tmp_path: Path) -> None:

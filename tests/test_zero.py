@@ -132,7 +132,7 @@ def test_a_malicious_pickle_is_refused_by_name_and_never_run(files: Path, tmp_pa
 def test_deepspeeds_classes_are_read_as_inert_stand_ins(files: Path) -> None:
     state = load_restricted(files / OPTIMIZER_FILE.format(0))["optimizer_state_dict"]
     assert type(state["loss_scaler"]).__module__ == "fcn_dist.checkpoints.restricted"
-    assert type(state["zero_stage"]).__module__ == "fcn_dist.checkpoints.restricted"
+    assert type(state["zero_stage"]) is int
 
 
 def test_a_missing_rank_is_named(files: Path) -> None:

@@ -1,7 +1,7 @@
 """Files written by torch.save in, plain tensors and containers out; nothing in a file is ever run.
 
-DeepSpeed's files name four classes of its own. Each is replaced by an inert stand-in, so that not even DeepSpeed's
-code runs (nor is it imported), and whatever else a file names is refused before it is read.
+DeepSpeed's files, as a run writes them, name three classes of its own. Each is replaced by an inert stand-in, so that
+not even DeepSpeed's code runs (nor is it imported), and whatever else a file names is refused before it is read.
 """
 
 import pickle
@@ -27,10 +27,6 @@ class DynamicLossScaler:
     cur_hysteresis: int
 
 
-class ZeroStage(int):
-    """ZeroStageEnum, an integer."""
-
-
 class Fragment:
     """Where a parameter's part lies in a rank's flat vector; worked out anew, and not read from here."""
 
@@ -39,7 +35,6 @@ class Fragment:
 STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (DynamicLossScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    (ZeroStage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (Fragment, "deepspeed.utils.tensor_fragment.fragment_address"),
 ]
 

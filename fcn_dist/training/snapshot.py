@@ -1,18 +1,18 @@
 """What DeepSpeed would write to disk in, copies of it on the host out, which training does not change any more."""
 
 import copy
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 # All that DeepSpeed's files name beside tensors and plain values.
-DEEPSPEED_TYPES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+DEEPSPEED_TYPES = [LossScaler, DynamicLossScaler, fragment_address]
 
 
 class Snapshots(CheckpointEngine):  # type: ignore[misc]
@@ -47,7 +47,10 @@ class Snapshots(CheckpointEngine):  # type: ignore[misc]
 
 
 def host_copy(state: Any) -> Any:
-    """A deep copy with its tensors on the CPU; what is one tensor in two places stays one."""
+    """A deep copy with its tensors on the CPU, members of enumerations as their values.
+
+    What is one tensor in two places stays one.
+    """
     return _copied(state, {})
 
 
@@ -60,6 +63,9 @@ def _copied(value: Any, copies: dict[int, Tensor]) -> Any:
         copied = copy.copy(value)  # an OrderedDict with its attributes, and whatever else DeepSpeed uses
         copied.update({key: _copied(item, copies) for key, item in value.items()})
         return copied
+    if isinstance(value, Enum):
+        # DeepSpeed's ZeRO stage. Python 3.11.2 pickles a member as a call of getattr, which no careful reader makes.
+        return value.value
     if type(value) in (list, tuple):
         return type(value)(_copied(item, copies) for item in value)
     return copy.deepcopy(value)
