@@ -36,26 +36,26 @@ from pathlib import Path
 from fcn_dist.commands.entry import run_script
 from fcn_dist.data.crops import trained_samples
 from fcn_dist.data.shardset import ShardSet
-from fcn_dist.training import run
+from fcn_dist.training.loop import Trainer
 
-steps, train_steps = [], run.train_steps
+steps, train_steps = [], Trainer.train_steps
 
-def listing(job, engine, intake, *rest):
+def listing(trainer, first_step):
     shards = ShardSet.open(sys.argv[sys.argv.index("--shards") + 1], "training")
-    take = intake.take
+    take = trainer.intake.take
     def listed():
         taken = take()
         steps.append([])
         for batch in taken:
-            samples = trained_samples(job.stream, batch.positions, batch.bad_samples)
+            samples = trained_samples(trainer.job.stream, batch.positions, batch.bad_samples)
             steps[-1] += [(p, shards.key(i)) for p, i in zip(batch.positions, samples)]
         return taken
-    intake.take = listed
-    done = train_steps(job, engine, intake, *rest)
-    Path(f"rank{job.rank.index}.json").write_text(json.dumps(steps))
+    trainer.intake.take = listed
+    done = train_steps(trainer, first_step)
+    Path(f"rank{trainer.job.rank.index}.json").write_text(json.dumps(steps))
     return done
 
-run.train_steps = listing
+Trainer.train_steps = listing
 sys.exit(run_script("train"))
 """
 

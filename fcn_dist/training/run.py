@@ -18,9 +18,7 @@ from fcn_dist.training.meter import Meter
 from fcn_dist.training.pace import DeviceEvents, PaceReport
 from fcn_dist.training.phases import Phase, PhaseClock
 from fcn_dist.training.ready import RunConfig, make_ready
-from fcn_dist.training.runfolder import (
-    Journal,
-)
+from fcn_dist.training.runfolder import Journal
 from fcn_dist.training.scorer import Scorer
 from fcn_dist.training.shortage import Shortage
 from fcn_dist.training.stop import StopRequest, heeding_signals
