@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fcn_dist.config import BACKBONES, ModelConfig
 from fcn_dist.model import reference
 from fcn_dist.model.batchnorm import BatchNorm2d
+from fcn_dist.model.columns import ColumnConv2d
 from fcn_dist.model.dropout import drawn_keys, relu_dropout
 from fcn_dist.model.preprocess import TORCHVISION, Preprocessing, normalise
 from fcn_dist.model.recompute import recomputed
@@ -63,8 +64,8 @@ class FCN(nn.Module):
         head = config.head_width or scaled(HEAD_CHANNELS, config.width)
         padding = reference.PADDING if self.is_reference else 1
         self.features = build_trunk(config.backbone, channels, padding, config.pooling)
-        self.fc6 = nn.Conv2d(channels[4], head, 7, padding=0 if self.is_reference else 3)
-        self.fc7 = nn.Conv2d(head, head, 1)
+        self.fc6 = ColumnConv2d(channels[4], head, 7, padding=0 if self.is_reference else 3)
+        self.fc7 = ColumnConv2d(head, head, 1)
         self.score_fr = nn.Conv2d(head, num_outputs, 1)
         scale4, scale3 = (at_once_scale(config, stage) for stage in SKIP_STAGES)
         self.score_pool4 = Score(channels[3], num_outputs, scale4) if self.stride <= 16 else None
