@@ -29,7 +29,8 @@ OURS_BF16, PEER_FP32 = "ours, bf16", "peer, fp32"
 RECOMPUTED = "ours, bf16, stages 1-3 recomputed"
 TORCH_POOLING = "ours, bf16, torch's pooling"  # on a GPU alone
 COMPILED = "ours, bf16, compiled"
-AT_THE_SAME_BATCH = (TORCH_POOLING, COMPILED)  # alone; compiled on a CPU only if it is asked for
+LOOKED_AT = "ours, bf16, layers looked at"
+AT_THE_SAME_BATCH = (TORCH_POOLING, COMPILED, LOOKED_AT)  # alone; on a CPU only if they are asked for
 BUDGETS = (12, 24, 80)  # GB
 SHARE_OF_STEPS = 0.45  # of a time limit; the largest batches have the rest
 VARIANTS = (
@@ -47,6 +48,12 @@ VARIANTS = (
         "training_ours:train",
         {"precision": "bf16", "torch_pooling": True},
         "ReLU and pooling in torch's operations, not in Triton's kernels",
+    ),
+    (
+        LOOKED_AT,
+        "training_ours:train",
+        {"precision": "bf16", "looks": True},
+        "log.layers=1: each layer's gradient and weights in every step, where the default is every hundredth",
     ),
     ("peer, autocast", "training_peer:train", {"precision": "autocast", "compiled": False}, "bf16 autocast"),
     (

@@ -29,6 +29,7 @@ from fcn_dist.training.deepspeed_config import read_deepspeed_config, resolve
 from fcn_dist.training.engine import backward, build_engine, set_learning_rate
 from fcn_dist.training.finite import StepCheck
 from fcn_dist.training.job import Job
+from fcn_dist.training.layers import LayerReport
 from fcn_dist.training.runfolder import Journal
 from fcn_dist.training.schedule import parameter_groups
 
@@ -48,6 +49,7 @@ class OurTrainer:
         model: ModelConfig | None = None,
         torch_pooling: bool = False,
         compiled: bool = False,
+        looks: bool = False,
     ) -> None:
         if torch_pooling:  # what is done without Triton's kernels
             vars(relupool)["uses_kernels"] = lambda tensor: False
@@ -82,7 +84,9 @@ class OurTrainer:
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
         progress = TrainingProgress(1, 0, shown=False)
-        self.check = StepCheck(self.job, self.engine, shard_set, folder, progress, Journal(folder, 0))
+        journal = Journal(folder, 0)
+        self.check = StepCheck(self.job, self.engine, shard_set, folder, progress, journal)
+        self.layers = LayerReport(self.engine, int(looks), journal)
 
     def compile(self) -> None:
         """Not asked for: ours is compiled when it is built, as a recipe has it."""
@@ -104,6 +108,9 @@ class OurTrainer:
             self.engine(images, coarse=True, dropout_keys=dropout_keys), targets, self.job.stride
         )
         backward(self.engine, self.check.watch(loss) * (1 / inputs.labelled))
+        if self.layers.due(1):
+            self.layers.look()
+            self.layers.write(1)
         self.engine.step()
         if not self.check.finite(1, [inputs]):
             raise ValueError("our loss is not finite")
@@ -117,14 +124,20 @@ class OurTrainer:
         """Give memory back."""
         self.engine.destroy()
         self._folder.cleanup()
-        del self.engine, self.model, self.job, self.check
+        del self.engine, self.model, self.job, self.check, self.layers
 
 
 def train(
-    precision: str, recompute_stages: int = 0, torch_pooling: bool = False, compiled: bool = False, **options: Any
+    precision: str,
+    recompute_stages: int = 0,
+    torch_pooling: bool = False,
+    compiled: bool = False,
+    looks: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
     """Figures of training steps; `options` are those of `measure`."""
-    how: dict[str, Any] = {"recompute_stages": recompute_stages, "torch_pooling": torch_pooling, "compiled": compiled}
+    how: dict[str, Any] = {"recompute_stages": recompute_stages, "torch_pooling": torch_pooling}
+    how |= {"compiled": compiled, "looks": looks}
     return measure(partial(OurTrainer, precision=precision, **how), **options)
 
 

@@ -178,7 +178,7 @@ class LogConfig:
     """What is written to metrics.jsonl and shown."""
 
     every: int = 10  # steps
-    layers: int = 0  # steps between looks at the gradient and weights of each layer; 0: none
+    layers: int = 100  # steps between looks at the gradient and weights of each layer; 0: none
 
     def __post_init__(self) -> None:
         _check(self.every >= 1, "log.every", self.every, "1 or more steps")

@@ -3,23 +3,30 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from launching import run_ranks
 from test_train import RECIPE, TIME_LIMIT, TRAIN, arguments, config_with, lines, zero_config
+from torch import nn
 
+from fcn_dist.training import layers as layers_module
 from fcn_dist.training.layers import EVENT, HIGHEST, LOWEST, LayerReport, describe
 
 
-def test_norm_zeros_and_powers_of_two_are_counted_as_by_hand() -> None:
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_norm_zeros_and_powers_of_two_are_counted_as_by_hand(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers_module, "VALUES_AT_ONCE", at_once)
     found = describe(torch.tensor([0.0, 3.0, -4.0, 0.25, 0.0, 2.0**-60, 1e9, 0.0]) * 8, scale=8)
     assert found["norm"] == pytest.approx(math.sqrt(9 + 16 + 1 / 16 + 1e18)) and found["zeros"] == 3 / 8
     bins = dict(zip(range(LOWEST, HIGHEST), found["histogram"], strict=True))
     assert {power: share for power, share in bins.items() if share} == {
         **dict.fromkeys((1, 2, -2, LOWEST, HIGHEST - 1), 0.2)
     }
+    small = describe(torch.tensor([2.0**LOWEST, 1e-40, 0.0]))  # the second has no exponent of its own
+    assert small["zeros"] == 1 / 3 and small["histogram"][0] == 1
     assert describe(torch.zeros(4)) == {"norm": 0.0, "zeros": 1.0, "histogram": [0.0] * (HIGHEST - LOWEST)}
     assert describe(torch.tensor([1.0, math.nan]))["norm"] is None
     json.dumps(describe(torch.tensor([math.inf])), allow_nan=False)
@@ -32,9 +39,12 @@ def test_a_step_that_is_done_again_is_written_once() -> None:
         def write(self, event: str, step: int, **fields: Any) -> None:
             written.append((event, step, fields))
 
-    report = LayerReport(engine=None, every=3, journal=Lines(), _seen={"fc6.weight": {}})  # type: ignore[arg-type]
-    report.look(4)  # not due, and what an attempt before has seen is forgotten
-    report.write(4)
+    engine, journal = SimpleNamespace(module=nn.Module(), fp16_enabled=lambda: False), Lines()
+    report = LayerReport(engine, every=3, journal=journal)  # type: ignore[arg-type]
+    assert [step for step in range(1, 8) if report.due(step)] == [3, 6]
+    report._seen = {"fc6.weight": {}}
+    report.look()  # what an attempt before has seen is forgotten
+    report.write(3)
     report._seen = {"fc7.weight": {}}
     report.write(6)
     report.write(6)

@@ -13,7 +13,7 @@ from fcn_dist.data.loader import Batch
 from fcn_dist.labels import IGNORE_LABEL
 from fcn_dist.ranks import BatchPlan, Rank
 from fcn_dist.training.loop import Trainer
-from fcn_dist.training.phases import PhaseClock
+from fcn_dist.training.phases import Phase, PhaseClock
 
 RANKS, MICRO_BATCHES, IMAGES = 2, 3, 2
 SIZE = (16, 24)
@@ -62,7 +62,7 @@ def test_the_gradient_is_that_of_the_whole_global_batch(kind: Any) -> None:
     plan = BatchPlan(images, IMAGES, MICRO_BATCHES, RANKS)
     recipe = Recipe(DataConfig(), schedule=ScheduleConfig(steps=1), train=TrainConfig(global_batch=images, loss=kind))
     logged: list[Tensor] = []
-    seen: list[int] = []
+    seen: list[Phase] = []
     for some in of_ranks:
         job: Any = SimpleNamespace(
             recipe=recipe,
@@ -72,13 +72,13 @@ def test_the_gradient_is_that_of_the_whole_global_batch(kind: Any) -> None:
             stride=8,
             offset=0,
         )
+        clock = PhaseClock(0)
         check: Any = SimpleNamespace(watch=lambda loss: loss)
-        layers: Any = SimpleNamespace(look=seen.append)
+        layers: Any = SimpleNamespace(due=lambda step: step == 1, look=lambda: seen.append(clock.now.phase))
         meter: Any = SimpleNamespace(add_losses=logged.extend)
         others: Any = dict.fromkeys(
             ("intake", "shortage", "average", "pace", "progress", "journal", "scorer", "keeper")
         )
-        clock = PhaseClock(0)
         trainer = Trainer(job, engine, check=check, meter=meter, layers=layers, clock=clock, **others)
         trainer.accumulate(1, labelled, some)
 
@@ -88,6 +88,6 @@ def test_the_gradient_is_that_of_the_whole_global_batch(kind: Any) -> None:
     (loss / (labelled if kind == "mean" else images)).backward()  # type: ignore[no-untyped-call]
     assert engine.scores.grad is not None and wanted.grad is not None
     torch.testing.assert_close(engine.scores.grad, wanted.grad)
-    assert seen == [1] * RANKS, "once a step"
+    assert seen == [Phase.LOGGING] * RANKS, "once a step, and no part of backward"
     # What is logged is the mean over labelled pixels either way.
     torch.testing.assert_close(torch.stack(logged).sum(), (loss / labelled).detach())

@@ -95,8 +95,10 @@ class Trainer:
             losses = summed_losses(engine, job, images, targets, dropout_keys)
             self.clock.enter(Phase.BACKWARD)
             backward(engine, self.check.watch(losses.total(train.auxiliary)) * scale)
-            if number == len(micro_batches):
-                self.layers.look(done)
+            if number == len(micro_batches) and self.layers.due(done):
+                self.clock.enter(Phase.LOGGING)
+                self.layers.look()
+                self.clock.enter(Phase.BACKWARD)
             engine.step()
             self.meter.add_losses(losses.shares(labelled))
 
