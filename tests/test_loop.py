@@ -63,6 +63,7 @@ def test_the_gradient_is_that_of_the_whole_global_batch(kind: Any) -> None:
     recipe = Recipe(DataConfig(), schedule=ScheduleConfig(steps=1), train=TrainConfig(global_batch=images, loss=kind))
     logged: list[Tensor] = []
     seen: list[Phase] = []
+    clock = PhaseClock(0)
     for some in of_ranks:
         job: Any = SimpleNamespace(
             recipe=recipe,
@@ -72,7 +73,6 @@ def test_the_gradient_is_that_of_the_whole_global_batch(kind: Any) -> None:
             stride=8,
             offset=0,
         )
-        clock = PhaseClock(0)
         check: Any = SimpleNamespace(watch=lambda loss: loss)
         layers: Any = SimpleNamespace(due=lambda step: step == 1, look=lambda: seen.append(clock.now.phase))
         meter: Any = SimpleNamespace(add_losses=logged.extend)
