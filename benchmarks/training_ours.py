@@ -21,11 +21,11 @@ from fcn_dist.model import relupool
 from fcn_dist.model.fcn import FCN
 from fcn_dist.model.flops import training_flops
 from fcn_dist.model.loss import summed_cross_entropy
-from fcn_dist.progress import TrainingProgress
 from fcn_dist.training.augment import to_device
 from fcn_dist.training.collective import start_ranks
 from fcn_dist.training.compiling import compile_network
 from fcn_dist.training.deepspeed_config import read_deepspeed_config, resolve
+from fcn_dist.training.display import TrainingDisplay
 from fcn_dist.training.engine import backward, build_engine, set_learning_rate
 from fcn_dist.training.finite import StepCheck
 from fcn_dist.training.job import Job
@@ -83,7 +83,7 @@ class OurTrainer:
         )
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
-        progress = TrainingProgress(1, 0, shown=False)
+        progress = TrainingDisplay(1, 0, shown=False)
         journal = Journal(folder, 0)
         self.check = StepCheck(self.job, self.engine, shard_set, folder, progress, journal)
         self.layers = LayerReport(self.engine, int(looks), journal)

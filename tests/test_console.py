@@ -3,13 +3,13 @@
 import pytest
 
 from fcn_dist.console import console, status_console
-from fcn_dist.progress import TrainingProgress
+from fcn_dist.training.display import TrainingDisplay
 
 NAME = "runs/camvid[x]/step [bold]1[/]"
 
 
 def test_news_of_training_shows_brackets_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    with TrainingProgress(steps=3, first_step=0, shown=True) as progress:
+    with TrainingDisplay(steps=3, first_step=0, shown=True) as progress:
         progress.say(NAME)
     assert NAME in capsys.readouterr().out
 

@@ -17,9 +17,9 @@ from fcn_dist.data.packing.run import pack
 from fcn_dist.data.synthetic import render
 from fcn_dist.errors import UserError
 from fcn_dist.labels import IGNORE_LABEL
-from fcn_dist.progress import TrainingProgress
 from fcn_dist.ranks import BatchPlan, Rank, cut_anew
 from fcn_dist.training.deepspeed_config import EngineConfig
+from fcn_dist.training.display import TrainingDisplay
 from fcn_dist.training.job import Job
 from fcn_dist.training.runfolder import RunRecord, environment, read_run_record
 from fcn_dist.training.shortage import EVENT, Shortage, halved, pieces
@@ -250,7 +250,7 @@ def alone(tmp_path: Path) -> tuple[Shortage, Any]:
     job = cast(Job, SimpleNamespace(config=config, rank=Rank(), device=torch.device("cpu")))
     forgetting = cast(Any, SimpleNamespace(forget_step=lambda: None))
     record = RunRecord({}, {}, {}, "", {}, 1, 1, 8, "", **dict.fromkeys(environment(), cast(Any, "")))
-    progress = TrainingProgress(1, 0, shown=False)
+    progress = TrainingDisplay(1, 0, shown=False)
     return Shortage(job, engine, forgetting, forgetting, tmp_path, record, progress, None), engine
 
 

@@ -76,7 +76,7 @@ def losses(run: Path) -> list[float]:
 def test_one_process_without_a_launcher_trains_on_one_device(shards: Path, recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     output = launch_alone(TRAIN, arguments(shards, run, recipe, zero_config(1)), tmp_path, TIME_LIMIT)
-    assert "1 ranks x micro-batch 4" in output
+    assert "1 rank x micro-batch 4" in output
     record = json.loads((run / "run.json").read_text())
     assert record["global_batch"] == 4 and record["deepspeed"]["train_micro_batch_size_per_gpu"] == 4
     assert [line["step"] for line in lines(run, "train")] == [1, 2, 3, 4]

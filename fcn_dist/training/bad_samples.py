@@ -5,9 +5,9 @@ from collections.abc import Iterable
 
 from fcn_dist.data.crops import BadSample
 from fcn_dist.errors import UserError, named
-from fcn_dist.progress import TrainingProgress
 from fcn_dist.ranks import Rank
 from fcn_dist.training.collective import of_all_ranks, on_rank_zero
+from fcn_dist.training.display import TrainingDisplay
 from fcn_dist.training.runfolder import Journal
 
 EVENT = "bad_sample"
@@ -16,7 +16,7 @@ EVENT = "bad_sample"
 class BadSamples:
     """The distinct damaged samples of a run so far, the same on every rank."""
 
-    def __init__(self, budget: int, rank: Rank, progress: TrainingProgress, journal: Journal | None) -> None:
+    def __init__(self, budget: int, rank: Rank, progress: TrainingDisplay, journal: Journal | None) -> None:
         """Begin with those that the journal tells of, if the run is continued. All ranks call it."""
         self._budget, self._rank, self._progress, self._journal = budget, rank, progress, journal
         self.reasons: dict[tuple[str, str], str] = on_rank_zero(rank, self._from_journal)

@@ -21,8 +21,8 @@ from fcn_dist.data.crops import trained_samples
 from fcn_dist.data.loader import Batch
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.errors import EXIT_DIVERGED, EarlyEnd, UserError, named
-from fcn_dist.progress import TrainingProgress
 from fcn_dist.training.collective import of_all_ranks, on_rank_zero, sum_over_ranks
+from fcn_dist.training.display import TrainingDisplay
 from fcn_dist.training.engine import Engine, loss_scale
 from fcn_dist.training.job import Job
 from fcn_dist.training.runfolder import Journal
@@ -52,7 +52,7 @@ class StepCheck:
     engine: Engine
     shard_set: ShardSet
     run_dir: Path
-    progress: TrainingProgress
+    progress: TrainingDisplay
     journal: Journal | None
     _losses: list[Tensor] = field(default_factory=list)  # of each micro-batch of this step
     _largest: list[Tensor] = field(default_factory=list)  # magnitude in this rank's own gradients, likewise

@@ -11,9 +11,9 @@ from fcn_dist.checkpoints.commit import WrittenFile, commit, discard, prepare
 from fcn_dist.checkpoints.retention import retain
 from fcn_dist.checkpoints.store import CheckpointState
 from fcn_dist.errors import EarlyEnd, UserError
-from fcn_dist.progress import TrainingProgress
 from fcn_dist.training.average import WeightAverage
 from fcn_dist.training.collective import of_all_ranks, on_rank_zero, sum_over_ranks
+from fcn_dist.training.display import TrainingDisplay
 from fcn_dist.training.engine import Engine
 from fcn_dist.training.job import Job
 from fcn_dist.training.runfolder import TRAINING_SPLIT, Journal, RunRecord
@@ -42,7 +42,7 @@ class Keeper:
         record: RunRecord,
         engine: Engine,
         average: WeightAverage,
-        progress: TrainingProgress,
+        progress: TrainingDisplay,
         journal: Journal | None,
         last: int | None,
     ) -> None:

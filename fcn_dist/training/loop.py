@@ -5,9 +5,9 @@ from functools import partial
 
 from fcn_dist.data.loader import Batch
 from fcn_dist.keys import key64
-from fcn_dist.progress import TrainingProgress
 from fcn_dist.training.augment import to_device
 from fcn_dist.training.average import WeightAverage
+from fcn_dist.training.display import TrainingDisplay
 from fcn_dist.training.engine import Engine, backward, set_learning_rate
 from fcn_dist.training.finite import StepCheck
 from fcn_dist.training.intake import Intake
@@ -39,7 +39,7 @@ class Trainer:
     layers: LayerReport
     pace: PaceReport
     clock: PhaseClock
-    progress: TrainingProgress
+    progress: TrainingDisplay
     journal: Journal | None  # on rank 0
     scorer: Scorer
     keeper: Keeper
@@ -69,9 +69,9 @@ class Trainer:
 
             if due(done, recipe.log.every, job.steps):
                 figures = self.meter.read(job, engine, done, rate)
-                self.progress.figures(done, figures)
                 if self.journal:
                     self.journal.write("train", done, **figures)
+                    self.progress.figures(done)
                 self.pace.compare(done)
             if due(done, recipe.evaluate.every, job.steps) and (done < job.steps or recipe.evaluate.at_end):
                 clock.enter(Phase.EVALUATING)

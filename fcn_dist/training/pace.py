@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from fcn_dist.progress import TrainingProgress
 from fcn_dist.ranks import Rank
 from fcn_dist.training.collective import of_all_ranks
+from fcn_dist.training.display import TrainingDisplay
 from fcn_dist.training.phases import Phase, PhaseClock
 from fcn_dist.training.runfolder import Journal
 
@@ -89,7 +89,7 @@ class PaceReport:
         clock: PhaseClock,
         events: DeviceEvents | None,
         first_step: int,
-        progress: TrainingProgress,
+        progress: TrainingDisplay,
         journal: Journal | None,
     ) -> None:
         """All ranks call it. `events` are of a device that computes beside the clock, if there is one."""

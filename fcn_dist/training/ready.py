@@ -172,9 +172,10 @@ def headline(record: RunRecord, description: ModelDescription, filled: list[str]
     sizes = (
         f"{cut.micro_batch}" if cut.nominal_batch == cut.global_batch else f"{cut.micro_batch - 1} or {cut.micro_batch}"
     )
+    ranks = "1 rank" if cut.world_size == 1 else f"{cut.world_size} ranks"
     lines = [
         f"{model.variant} on {model.backbone} (width {model.width:g}), {len(description.classes)} classes, {weights}",
-        f"{cut.world_size} ranks x micro-batch {sizes} x accumulation {cut.accumulation} = global batch "
+        f"{ranks} x micro-batch {sizes} x accumulation {cut.accumulation} = global batch "
         f"{cut.global_batch}; {record.steps} steps",
     ]
     lines += [f"passed over {damage.dir}: {damage.reason}" for damage in entry.damages]

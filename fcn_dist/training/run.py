@@ -3,16 +3,17 @@
 from fcn_dist.data.loader import build_loader
 from fcn_dist.data.loaderprocesses import ended_with_the_block
 from fcn_dist.errors import EXIT_REQUEUE, EarlyEnd
-from fcn_dist.progress import TrainingProgress
 from fcn_dist.scoring.metrics import Scores
 from fcn_dist.training.bad_samples import BadSamples
 from fcn_dist.training.beats import RANKS_DIR
 from fcn_dist.training.collective import noticing_lost_peers, of_all_ranks
+from fcn_dist.training.display import TrainingDisplay
 from fcn_dist.training.finite import StepCheck
 from fcn_dist.training.intake import Intake
 from fcn_dist.training.job import Job
 from fcn_dist.training.keeper import Keeper
 from fcn_dist.training.layers import LayerReport
+from fcn_dist.training.librarylogs import kept_in
 from fcn_dist.training.loop import Trainer
 from fcn_dist.training.meter import Meter
 from fcn_dist.training.pace import DeviceEvents, PaceReport
@@ -49,12 +50,13 @@ def _train(config: RunConfig, stop: StopRequest) -> Scores | None:
     data, plan, on_gpu = job.recipe.data, job.config.plan, job.device.type == "cuda"
     todo = range(first_step, job.steps)
     batches = build_loader(ready.shard_set, job.stream, plan, data, rank.index, todo, pin_memory=on_gpu)
-    journal = Journal(config.output, first_step) if rank.index == 0 else None
+    display = TrainingDisplay(job.steps, first_step, rank.world_size, ready.headline, shown=rank.index == 0)
+    journal = Journal(config.output, first_step, display.hear) if rank.index == 0 else None
     events = DeviceEvents() if on_gpu else None
     clock = PhaseClock(first_step, events.mark) if events else PhaseClock(first_step)
     watchdog = start_watchdog(config.output / RANKS_DIR, rank, clock, job.recipe.train.watchdog)
-    with watchdog, waits_measured(clock), TrainingProgress(job.steps, first_step, shown=rank.index == 0) as progress:
-        progress.say(ready.headline)
+    logs = kept_in(config.output / RANKS_DIR / f"rank-{rank.index:05d}.log")
+    with watchdog, waits_measured(clock), logs, display as progress:
         keeper = Keeper(config.output, job, ready.record, engine, average, progress, journal, ready.entry.last)
         scores = ready.entry.scores
         scorer = Scorer(ready.model, engine, average, ready.validation, job, clock, progress, journal, scores)

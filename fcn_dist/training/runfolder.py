@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -90,11 +91,17 @@ def command_line() -> str:
 class Journal:
     """metrics.jsonl: one JSON object a line, each with `event`, `step` and `time` (seconds since 1970)."""
 
-    def __init__(self, run_dir: Path, first_step: int) -> None:
-        """Continue the file after `first_step`: later lines belong to steps that are trained again."""
-        self.path = run_dir / METRICS_NAME
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= first_step]
-        write_text(self.path, "".join(kept))
+    def __init__(self, run_dir: Path, first_step: int, hear: Callable[[dict[str, Any]], None] | None = None) -> None:
+        """Continue the file after `first_step`: later lines belong to steps that are trained again.
+
+        `hear` is told every line, those that are kept first.
+        """
+        self.path, self._hear = run_dir / METRICS_NAME, hear
+        kept = [(line, found) for line in self._lines() if (found := json.loads(line))["step"] <= first_step]
+        write_text(self.path, "".join(line for line, _ in kept))
+        if hear:
+            for _, found in kept:
+                hear(found)
 
     def write(self, event: str, step: int, **figures: Any) -> None:
         """Append one line. NaN and infinities, which JSON does not have, are written as null."""
@@ -102,6 +109,8 @@ class Journal:
         line = json.dumps(record, allow_nan=False)
         with self.path.open("a") as file:
             file.write(line + "\n")
+        if self._hear:
+            self._hear(record)
 
     def _lines(self) -> list[str]:
         if not self.path.exists():

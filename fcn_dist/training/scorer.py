@@ -5,10 +5,10 @@ from typing import Any
 
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.model.fcn import FCN
-from fcn_dist.progress import TrainingProgress
 from fcn_dist.scoring.evaluate import evaluate
 from fcn_dist.scoring.metrics import Scores
 from fcn_dist.training.average import WeightAverage
+from fcn_dist.training.display import TrainingDisplay
 from fcn_dist.training.engine import Engine
 from fcn_dist.training.job import Job
 from fcn_dist.training.phases import PhaseClock
@@ -25,7 +25,7 @@ class Scorer:
     shard_set: ShardSet | None
     job: Job
     clock: PhaseClock
-    progress: TrainingProgress
+    progress: TrainingDisplay
     journal: Journal | None
     summary: dict[str, Any] | None
     last: Scores | None = None

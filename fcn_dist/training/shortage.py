@@ -15,9 +15,9 @@ import torch
 from fcn_dist.data.loader import Batch
 from fcn_dist.errors import UserError
 from fcn_dist.labels import IGNORE_LABEL
-from fcn_dist.progress import TrainingProgress
 from fcn_dist.ranks import BatchPlan
 from fcn_dist.training.collective import of_all_ranks, on_rank_zero, sum_over_ranks
+from fcn_dist.training.display import TrainingDisplay
 from fcn_dist.training.engine import Engine, recut
 from fcn_dist.training.finite import StepCheck
 from fcn_dist.training.job import Job
@@ -52,7 +52,7 @@ class Shortage:
         meter: Meter,
         run_dir: Path,
         record: RunRecord,
-        progress: TrainingProgress,
+        progress: TrainingDisplay,
         journal: Journal | None,
     ) -> None:
         self._job, self._engine, self._check, self._meter = job, engine, check, meter
