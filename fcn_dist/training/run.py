@@ -57,7 +57,9 @@ def _train(config: RunConfig, stop: StopRequest) -> Scores | None:
         progress.say(ready.headline)
         keeper = Keeper(config.output, job, ready.record, engine, average, progress, journal, ready.entry.last)
         scores = ready.entry.scores
-        scorer = Scorer(ready.model, engine, average, ready.validation, job, clock, progress, journal, scores)
+        scorer = Scorer(
+            ready.model, engine, average, ready.validation, job, clock, progress, journal, scores, config.output
+        )
         if journal:
             journal.write("start", first_step, world_size=rank.world_size, command=ready.record.command)
         bad_samples = BadSamples(data.max_bad_samples, rank, progress, journal)
