@@ -79,7 +79,7 @@ def to_svg(drawn: Figure, description: str) -> Html:
     box = re.search(r'viewBox="[^"]*"', head)
     assert box, head
     # Groups are numbered in each figure alone, and nothing refers to them.
-    rest = re.sub(r'<g id="\w+_\d+">', "<g>", rest)
+    rest = re.sub(r'<g id="[\w.]+_\d+"(/?)>', r"<g\1>", rest)
     rest = re.sub(r"(fill|stroke): (#00f0[ab]\d)", lambda found: f"{found[1]}: var({VARIABLES[found[2]]})", rest)
     rest = re.sub(r"(font-size: [\d.]+px;) font-family: [^;\"]*;", r"\1", rest)  # the page's own
     rest = re.sub(r"<style.*?</style>", "", rest, flags=re.DOTALL)  # which would be the whole page's
