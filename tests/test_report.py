@@ -192,7 +192,7 @@ def test_confusions_are_named_by_the_pixels_they_cost() -> None:
 def test_classes_stand_by_iou_with_those_that_are_nowhere_last(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "run", scenes=0))
     # By hand: 600 / 950, 900 / 1200, 50 / 150, 0 / 150.
-    rows = page.text[page.text.index("class IoU found") :]
+    rows = page.text[page.text.index("class IoU found pixels") :]
     order = [rows.index(name) for name in (CLASSES[1], CLASSES[0], CLASSES[2], CLASSES[3])]
     assert order == sorted(order)
     for said in ("75.0 % 90.0 % 50.00 %", "63.2 % 75.0 % 40.00 %", "33.3 % 100.0 % 2.50 %", "0.0 % 0.0 % 7.50 %"):

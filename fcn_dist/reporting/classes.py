@@ -13,9 +13,10 @@ from fcn_dist.reporting.charts import MUTED, TEXT, drawing, new_chart, to_svg
 from fcn_dist.reporting.markup import Html, element, figure, join, table
 from fcn_dist.reporting.rundata import RunData
 
-SIDE = 4.2  # inches of the confusion matrix
+SIDE = 4.0  # inches of the confusion matrix
 NAMED = 40  # classes that can have their names beside the matrix
 CONFUSIONS = 10  # that are named
+TICKS = (0, 5, 20, 50, 100)  # per cent
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,12 @@ def bars(evaluation: dict[str, Any]) -> Html:
         )
         for one in classes
     ]
-    head = ("class", "IoU", None, "found", "of all pixels")
+    head = ("class", "IoU", None, "found", "pixels")
     return figure(
         "IoU of each class",
         table(head, rows, class_="bars"),
-        '"Found" is the share of a class\'s pixels that are labelled as it; classes without an IoU occur neither in '
-        "truth nor in predictions.",
+        '"Found" is the share of a class\'s pixels that are labelled as it, "pixels" its share of all labelled ones; '
+        "classes without an IoU occur neither in truth nor in predictions.",
     )
 
 
@@ -90,7 +91,11 @@ def confusion(run: RunData, evaluation: dict[str, Any]) -> Html:
     counts = np.array(evaluation["confusion"], np.int64)
     worst = confusions(counts, run.classes)
     rows = [(f"{one.truth} → {one.taken_for}", per_cent(one.of_class), per_cent(one.of_all, 2)) for one in worst]
-    named = table(("truth → taken for", "of the class", "of all pixels"), rows) if rows else "Not one pixel is wrong."
+    named = (
+        table(("truth → taken for", "of the class", "of all pixels"), rows, class_="figures")
+        if rows
+        else "Not one pixel is wrong."
+    )
     many = len(run.classes) > NAMED
     return join(
         [
@@ -112,12 +117,17 @@ def matrix(counts: NDArray[np.int64], classes: Sequence[str], name: str) -> Html
     names = ["other", *(short_name(one) for one in classes)][first:]
     shares = np.sqrt(row_shares(counts[first:, first:]))
     with drawing(f"confusion {name}"):
-        drawn, axes = new_chart(SIDE, SIDE)
+        drawn, axes = new_chart(0.9 * SIDE, SIDE)
         axes.grid(False)
         axes.patch.set_facecolor(MUTED)
         axes.patch.set_alpha(0.35)
         axes.spines[:].set_visible(False)
-        axes.imshow(np.ma.masked_invalid(shares), interpolation="none", vmin=0, vmax=1, cmap="viridis", aspect="equal")
+        image = axes.imshow(np.ma.masked_invalid(shares), interpolation="none", vmin=0, vmax=1, cmap="viridis")
+        bar = drawn.colorbar(
+            image, ax=axes, pad=0.02, shrink=0.5, aspect=18, ticks=[(tick / 100) ** 0.5 for tick in TICKS]
+        )
+        bar.ax.set_yticklabels([f"{tick} %" for tick in TICKS])
+        bar.outline.set_edgecolor(MUTED)
         if len(names) <= NAMED:
             size = min(TEXT, 220 / len(names))
             axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size)

@@ -45,6 +45,7 @@ figcaption, .small, .note { color: var(--muted); font-size: 0.87rem; overflow-wr
 .tiles span { color: var(--muted); font-size: 0.87rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 24px; }
 .depth, .classes { grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
+.classes figure + figure { margin-top: 20px; }
 .depth figure + figure svg { max-width: 420px; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.92rem; min-width: 60%; }
@@ -71,6 +72,10 @@ mark { background: var(--mark); color: var(--ink); padding: 0 3px; border-radius
 .four img { display: block; width: 100%; height: auto; border-radius: 4px; }
 summary { cursor: pointer; }
 @media (max-width: 640px) {
+  th, td { padding-right: 8px; font-size: 0.84rem; }
+  .bars td { padding-right: 6px; }
+  .bars td:nth-child(2) { width: 22%; min-width: 36px; }
+  .bars th { overflow-wrap: anywhere; }
   .four { grid-template-columns: repeat(2, 1fr); }
   .tiles { grid-template-columns: repeat(2, 1fr); }
 }
