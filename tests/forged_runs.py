@@ -14,7 +14,7 @@ CLASSES = (
     'road" onload="alert(2)',
     "tree & #00f0a0",
     "sea</style>",
-    "nowhere",
+    "nowhere 道路",
 )
 COLOURS = ((200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (30, 200, 200), (200, 30, 200))
 HOST = "node<img src=x onerror=alert(3)>"

@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
@@ -60,7 +61,10 @@ SETTINGS: dict[Any, Any] = {
 @contextmanager
 def drawing(name: str) -> Iterator[None]:
     """Figures in the block look alike; `name` is this one's own on the page, so that what it refers to is, too."""
-    with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": name}):
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()  # whatever the user has set for charts of their own
+        matplotlib.rcParams.update({**SETTINGS, "svg.hashsalt": name})
+        warnings.filterwarnings("ignore", message="Glyph")  # the browser has fonts for more than matplotlib's own does
         yield
 
 

@@ -53,7 +53,8 @@ def page(runs: Sequence[RunData]) -> str:
         element("style", Html(css())),
     )
     main = element("main", element("h1", title), *body)
-    return f"<!DOCTYPE html>\n{element('html', head, element('body', main), lang='en')}\n"
+    document = f"<!DOCTYPE html>\n{element('html', head, element('body', main), lang='en')}\n"
+    return document.encode("ascii", "xmlcharrefreplace").decode()  # the same in whatever encoding files have here
 
 
 def _one(run: RunData) -> list[Part]:
