@@ -228,6 +228,8 @@ def test_runs_that_are_young_cut_or_without_figures_have_a_page_too(tmp_path: Pa
     assert "Nothing is on record yet" in page.text and page.count("svg") == 0
     page = text_of(tmp_path, "going", [start(0, 2), trained(2), trained(4)])
     assert "At step 4 of 40, going on or stopped there" in page.text and "evaluate.every=N" in page.text
+    page = text_of(tmp_path, "shorter", [start(0, 2), trained(2), start(2, 2) | {"steps": 4}, trained(4)])
+    assert "Trained to its last step, 4;" in page.text and "4 of 4" in page.text
     nothing = dict.fromkeys(("loss", "gradient_norm", "images_per_second", "data_wait", "peak_memory"))
     page = text_of(tmp_path, "nulls", [start(0, 2), trained(2, **nothing), evaluated(2, None, None)])
     assert "Loss; Validation: mean IoU" in page.text and page.count("svg") == 1, "the learning rate's"

@@ -152,5 +152,5 @@ def _head_and_trunk(looks: Sequence[Look], layers: Sequence[Layer], shares: Valu
             axes.plot(*thinned(steps, share), color=SERIES[number], label=part)
         axes.set_ylim(0, 100)
         axes.set_xlabel("step")
-        axes.legend(loc="center right")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
         return to_svg(drawn, describe(looks, layers, shares))

@@ -27,7 +27,7 @@ def figures(run: RunData) -> dict[str, str]:
         "pixel accuracy": per_cent(last(accuracy), 2),
         "best mean IoU": "-" if best is None else f"{per_cent(float(iou[best]), 2)} at step {run.scored[best]['step']}",
         "loss": "-" if loss is None else f"{loss:.4f}",
-        "steps": f"{run.steps:,} of {run.record.steps:,}",
+        "steps": f"{run.steps:,} of {run.planned:,}",
         "time on record": duration(run.seconds),
         "images per second": f"{np.nanmedian(speed):.1f}" if np.isfinite(speed).any() else "-",
         "peak memory": show_size(int(np.nanmax(memory))) if np.isfinite(memory).any() else "-",
@@ -54,8 +54,8 @@ def state(run: RunData) -> str:
         return "Nothing is on record yet."
     heard = f"last heard of {moment(run.last_time)}"
     if run.finished:
-        return f"Trained to its last step, {run.record.steps:,}; {heard}."
-    return f"At step {run.steps:,} of {run.record.steps:,}, going on or stopped there; {heard}."
+        return f"Trained to its last step, {run.planned:,}; {heard}."
+    return f"At step {run.steps:,} of {run.planned:,}, going on or stopped there; {heard}."
 
 
 def again(command: str, ranks: int) -> str:

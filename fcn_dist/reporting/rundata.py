@@ -51,7 +51,12 @@ class RunData:
     @property
     def finished(self) -> bool:
         """Whether it was trained to its last step."""
-        return self.steps >= self.record.steps
+        return self.steps >= self.planned
+
+    @property
+    def planned(self) -> int:
+        """Steps that the run has in all, as its last start said: those may be other than run.json's."""
+        return int(next((start["steps"] for start in reversed(self.starts) if "steps" in start), self.record.steps))
 
     @property
     def classes(self) -> list[str]:
