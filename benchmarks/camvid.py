@@ -3,12 +3,13 @@
     python benchmarks/camvid.py CAMVID --weights vgg16_conv_caffe.safetensors --output reports
 
 CAMVID is a folder of scenes or of shards. The recipe is camvid.yaml on one GPU, and camvid_cpu.yaml where there is
-none. Prints tables, and writes them as Markdown with every figure as JSON.
+none. Prints tables, and writes them as Markdown with every figure as JSON, and a page about each training.
 """
 
 import sys
 import tempfile
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> None:
     settings = [f"model.weights={args.weights.resolve()}", *args.settings]
     with tempfile.TemporaryDirectory() as scratch:
         shards = shards_of(args.camvid, Path(scratch), short_side=None)
-        rows = trainings(recipe, settings, args.seeds, shards)
+        rows = trainings(recipe, settings, args.seeds, shards, pages_dir(args.output))
         found = measured(rows, shards, Path(scratch))
     model = load_recipe(recipe, settings).model
     facts = {
@@ -57,14 +58,26 @@ def main(argv: list[str]) -> None:
     end(rows, found)
 
 
-def trainings(recipe: Path, settings: list[str], seeds: list[int], shards: Path) -> list[Training]:
-    """One a seed; the first looks at its layers."""
+def pages_dir(output: Path) -> Path:
+    """`output`, made. Raises UserError where pages cannot be drawn: before hours of training, not after."""
+    import_module("fcn_dist.reporting.charts")
+    output.mkdir(parents=True, exist_ok=True)
+    return output
+
+
+def trainings(recipe: Path, settings: list[str], seeds: list[int], shards: Path, pages: Path) -> list[Training]:
+    """One a seed, with a page each; the first looks at its layers."""
     read = load_recipe(recipe, settings)
     samples = len(ShardSet.open(str(shards), "training"))
     steps = total_steps(read.schedule, samples, read.train.global_batch or 1)
     looks = [f"log.layers={max(1, steps // LOOKS)}"]
     return [
-        Training(f"seed {seed}", recipe, (*settings, f"train.seed={seed}", *(looks if number == 0 else [])))
+        Training(
+            f"seed {seed}",
+            recipe,
+            (*settings, f"train.seed={seed}", *(looks if number == 0 else [])),
+            page=pages / f"camvid-seed-{seed}.html",
+        )
         for number, seed in enumerate(seeds)
     ]
 

@@ -35,6 +35,7 @@ class Training:
     recipe: Path
     settings: tuple[str, ...] = ()
     does: str = ""
+    page: Path | None = None  # where a report of the run is to be written
 
     @property
     def ranks(self) -> int:
@@ -54,6 +55,10 @@ class Training:
             problem = launch(command, self.ranks, Path(folder), LIMIT)
             if problem:
                 return {"problem": problem}
+            if self.page:
+                from fcn_dist.reporting.report import write_report
+
+                write_report([out], self.page)
             lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
             return {"seconds": perf_counter() - began} | figures(lines)
 

@@ -148,9 +148,11 @@ class EvaluateConfig:
     every: int = 0  # steps; 0: only after the last step
     at_end: bool = True
     split: str = "validation"
+    scenes: int = 9  # a third each of the best, middling and worst, that are kept as pictures; 0: none
 
     def __post_init__(self) -> None:
         _check(self.every >= 0, "evaluate.every", self.every, "0 or more steps")
+        _check(self.scenes >= 0, "evaluate.scenes", self.scenes, "0 or more scenes")
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,9 @@ def test_seeds_are_trained_scored_and_looked_into(
     assert float(found["mean"][1]) == pytest.approx(mean, abs=0.006)
     losses = rows(report, 1)
     assert losses["seed 3"] != losses["seed 4"] and all(float(loss) > 0 for loss in losses["seed 3"])
+    pages = [(tmp_path / f"camvid-seed-{seed}.html").read_text() for seed in (3, 4)]
+    assert all("train.seed=" in page and "data:image/jpeg" in page for page in pages)
+    assert "by layer and step" in pages[0] and "log.layers=20" in pages[1]
     gradient = rows(report, 2)
     # Score layers begin at zero: nothing else can learn in the first step.
     assert gradient["step 1"] == ["0.00"] * 6 + ["100.00"]

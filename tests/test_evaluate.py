@@ -192,7 +192,7 @@ def test_classes_are_reported_by_iou_with_the_pixels_behind_it(capsys: pytest.Ca
     matrix.counts[1, 1:3] = 90, 10
     matrix.counts[2, 1:3] = 5, 5
     matrix.counts[3, 3] = 1234
-    scores = scores_of(matrix, ("wall", "sky", "tree", "sea"), "validation", 1, 1, score_other=False)
+    scores = scores_of(matrix, ("wall", "sky", "tree", "sea"), "validation", np.zeros((1, 2), np.int64), 1, False)
     report(scores, "m")
     table = capsys.readouterr().out.partition("classes by IoU")[2]
     rows = [line.replace("│", " ").split() for line in table.splitlines() if "│" in line]

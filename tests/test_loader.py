@@ -3,7 +3,6 @@
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -264,12 +263,9 @@ def test_evaluation_sees_every_scene_once_over_all_ranks(packed: Packed, world_s
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def scenes_of(shard_set: ShardSet) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    yield from build_scene_loader(shard_set, Rank(), 0)
-
-
 def test_evaluation_sees_scenes_at_their_own_size_with_their_raw_labels(packed: Packed) -> None:
-    for key, image, labels in scenes_of(packed.sets[4]):
+    for key, image, labels, number in build_scene_loader(packed.sets[4], Rank(), 0):
+        assert key == packed.sets[4].key(number)
         annotation = cv2.imread(str(packed.scenes / "annotations" / "training" / f"{key}.png"), cv2.IMREAD_UNCHANGED)
         picture = cv2.imread(str(packed.scenes / "images" / "training" / f"{key}.jpg"), cv2.IMREAD_COLOR)
         assert annotation is not None and picture is not None

@@ -24,7 +24,7 @@ PREDICTION = np.array([[1, 1, 1, 1, 2, 2, 2, 2], [2, 1, 1, 3, 2, 3, 0, 0]], np.u
 def scored(truth: object, prediction: object, names: tuple[str, ...] = NAMES, score_other: bool = False) -> Scores:
     matrix = ConfusionMatrix(len(names))
     matrix.update(np.array(truth, np.uint8), np.array(prediction, np.uint8))
-    return score(matrix, names, "validation", 1, 1, score_other)
+    return score(matrix, names, "validation", np.zeros((1, 2), np.int64), 1, score_other)
 
 
 def test_the_matrix_counts_truth_by_rows_and_prediction_by_columns() -> None:
@@ -161,7 +161,7 @@ def test_the_benchmark_kit_s_samples_scored_against_themselves_give_its_publishe
         labels = cv2.imread(str(folder / f"ADE_val_{number:08d}.png"), cv2.IMREAD_UNCHANGED)
         assert labels is not None
         matrix.update(labels.astype(np.uint8), labels.astype(np.uint8))
-    result = score(matrix, tuple(str(n) for n in range(1, 151)), "validation", 3, 3, score_other=False)
+    result = score(matrix, tuple(str(n) for n in range(1, 151)), "validation", np.zeros((3, 2), np.int64), 3, False)
     assert result.official.pixel_accuracy == 1.0
     assert result.official.mean_iou == 0.1  # 15 of the 150 classes occur
     assert sum(c.iou is not None for c in result.classes) == 15

@@ -63,6 +63,7 @@ class Scene(NamedTuple):
     key: str
     image: Tensor  # (1, H, W, 3) uint8, RGB
     labels: Tensor  # (H, W) uint8, raw labels
+    number: int  # in the set, from 0
 
 
 def build_loader(
@@ -133,7 +134,7 @@ def build_scene_loader(shard_set: ShardSet, rank: Rank, workers: int, limit: int
                 ahead.advance(number)
             shard, record = shard_set.locate(index)
             image, mask = read_arrays(shard_set, shard, record)
-            yield Scene(member_key(record), torch.from_numpy(image)[None], torch.from_numpy(mask))
+            yield Scene(member_key(record), torch.from_numpy(image)[None], torch.from_numpy(mask), index)
 
     share = math.ceil((samples - rank.index) / rank.world_size)
     return _run(wds.DataPipeline(indices, load, _errors_as_items), min(workers, max(share, 0)))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -17,7 +18,7 @@ from fcn_dist.model.upsampling import argmax_upsampled
 from fcn_dist.model.views import Views, label_views
 from fcn_dist.ranks import Rank
 from fcn_dist.scoring.agreement import raise_together
-from fcn_dist.scoring.metrics import ConfusionMatrix, Scores, score
+from fcn_dist.scoring.metrics import ConfusionMatrix, Matrix, Scores, score
 
 # What a rank without a sample left feeds the network: any image will do, its answer is dropped.
 SPARE_IMAGE_SIZE = 32
@@ -50,26 +51,39 @@ def evaluate(
     label_table = np.frombuffer(shard_set.label_rule(score_other).label_table, np.uint8)
     device = model.score_fr.weight.device
     matrix = ConfusionMatrix(len(shard_set.classes))
+    scenes = np.zeros((scored(shard_set, limit), 2), np.int64)  # right and labelled pixels
     failures: list[UserError | EarlyEnd] = []
+    with looking_only(model):
+        for scene in rounds(shard_set, rank, workers, failures, limit):
+            if scene is None:
+                forward(spare_image(device), coarse=True)
+                continue
+            size = (scene.labels.shape[0], scene.labels.shape[1])
+            outputs = best_outputs(model, forward, scene.image.to(device), size, views)
+            scenes[scene.number] = matrix.update(scene.labels.numpy(), label_table[outputs.cpu().numpy()])
+            advance(1)
+    raise_together(failures[0] if failures else None, rank)
+    counts, scenes = (sum_over_ranks(of_this_rank, rank, device) for of_this_rank in (matrix.counts, scenes))
+    matrix.counts = counts
+    return score(matrix, shard_set.classes, shard_set.split, scenes, len(shard_set), score_other)
+
+
+@contextmanager
+def looking_only(model: FCN) -> Iterator[None]:
+    """`model` without dropout and gradients in the block, and after it in the mode it was in."""
     was_training = model.training
     model.eval()
     try:
         # Not inference_mode: ZeRO-3 gathers weights into tensors that the next training step uses again.
         with torch.no_grad():
-            for scene in rounds(shard_set, rank, workers, failures, limit):
-                if scene is None:
-                    spare = torch.zeros(1, SPARE_IMAGE_SIZE, SPARE_IMAGE_SIZE, 3, dtype=torch.uint8, device=device)
-                    forward(spare, coarse=True)
-                    continue
-                size = (scene.labels.shape[0], scene.labels.shape[1])
-                outputs = best_outputs(model, forward, scene.image.to(device), size, views)
-                matrix.update(scene.labels.numpy(), label_table[outputs.cpu().numpy()])
-                advance(1)
+            yield
     finally:
         model.train(was_training)
-    raise_together(failures[0] if failures else None, rank)
-    _sum_over_ranks(matrix, rank, device)
-    return score(matrix, shard_set.classes, shard_set.split, scored(shard_set, limit), len(shard_set), score_other)
+
+
+def spare_image(device: torch.device) -> Tensor:
+    """What a rank without a scene feeds the network where all ranks have to compute equally often."""
+    return torch.zeros(1, SPARE_IMAGE_SIZE, SPARE_IMAGE_SIZE, 3, dtype=torch.uint8, device=device)
 
 
 def scored(shard_set: ShardSet, limit: int | None) -> int:
@@ -129,8 +143,11 @@ def check_classes(classes: tuple[str, ...], shard_set: ShardSet) -> None:
     raise UserError(f"the network was trained on {found}; the same classes are needed; give the shard set it fits")
 
 
-def _sum_over_ranks(matrix: ConfusionMatrix, rank: Rank, device: torch.device) -> None:
-    if rank.world_size > 1:
-        counts = torch.from_numpy(matrix.counts).to(device)
-        dist.all_reduce(counts)
-        matrix.counts = counts.cpu().numpy()
+def sum_over_ranks(counts: Matrix, rank: Rank, device: torch.device) -> Matrix:
+    """Of integers, so it is exact."""
+    if rank.world_size == 1:
+        return counts
+    summed = torch.from_numpy(counts).to(device)
+    dist.all_reduce(summed)
+    found: Matrix = summed.cpu().numpy()
+    return found

@@ -22,9 +22,10 @@ class ConfusionMatrix:
         self.num_classes = num_classes
         self.counts: Matrix = np.zeros((num_classes + 1, num_classes + 1), np.int64)
 
-    def update(self, truth: NDArray[np.uint8], prediction: NDArray[np.uint8]) -> None:
-        """Add the pixels of one image; both arrays hold raw labels in one shape.
+    def update(self, truth: NDArray[np.uint8], prediction: NDArray[np.uint8]) -> tuple[int, int]:
+        """Add the pixels of one image, and say how many of them are labelled right, and labelled at all.
 
+        Both arrays hold raw labels in one shape; "other" in the truth is not labelled, as in the official scores.
         Raises UserError if a label lies above N.
         """
         assert truth.shape == prediction.shape
@@ -36,7 +37,10 @@ class ConfusionMatrix:
                 )
         side = self.num_classes + 1
         pairs = truth.ravel().astype(np.int64) * side + prediction.ravel()
-        self.counts += np.bincount(pairs, minlength=side * side).reshape(side, side)
+        counts = np.bincount(pairs, minlength=side * side).reshape(side, side)
+        self.counts += counts
+        labelled = counts[OTHER_LABEL + 1 :]
+        return int(np.trace(labelled, offset=OTHER_LABEL + 1)), int(labelled.sum())
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class Scores:
     paper: PaperScores
     classes: tuple[ClassScore, ...]
     confusion: Matrix
+    scenes: Matrix  # (num_samples, 2): right and labelled pixels of each, in the order of the set
 
     def summary(self) -> dict[str, Any]:
         """The headline figures under the names they are logged by."""
@@ -102,18 +107,24 @@ class Scores:
 
 
 def score(
-    matrix: ConfusionMatrix, names: tuple[str, ...], split: str, num_samples: int, set_size: int, score_other: bool
+    matrix: ConfusionMatrix,
+    names: tuple[str, ...],
+    split: str,
+    scenes: Matrix,
+    set_size: int,
+    score_other: bool,
 ) -> Scores:
     """Both families of scores. `score_other` makes "other" a class of the paper's, as it was one in training."""
     counts = matrix.counts
     return Scores(
         split,
-        num_samples,
+        len(scenes),
         set_size,
         official_scores(counts),
         paper_scores(counts if score_other else _without_other(counts), paper_labels(counts, score_other)),
         tuple(_class_scores(counts, names)),
         counts,
+        scenes,
     )
 
 

@@ -59,9 +59,12 @@ def _train(config: RunConfig, stop: StopRequest) -> Scores | None:
     with watchdog, waits_measured(clock), logs, display as progress:
         keeper = Keeper(config.output, job, ready.record, engine, average, progress, journal, ready.entry.last)
         scores = ready.entry.scores
-        scorer = Scorer(ready.model, engine, average, ready.validation, job, clock, progress, journal, scores)
+        scorer = Scorer(
+            ready.model, engine, average, ready.validation, job, clock, progress, journal, scores, config.output
+        )
         if journal:
-            journal.write("start", first_step, world_size=rank.world_size, command=ready.record.command)
+            command = ready.record.command
+            journal.write("start", first_step, world_size=rank.world_size, steps=job.steps, command=command)
         bad_samples = BadSamples(data.max_bad_samples, rank, progress, journal)
         intake = Intake(batches, plan.accumulation, rank, job.device, bad_samples, stop)
         check = StepCheck(job, engine, ready.shard_set, config.output, progress, journal)

@@ -1,0 +1,150 @@
+"""A run folder in, what is on record of the run out. Nothing else of the run is known here."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fcn_dist.errors import UserError
+from fcn_dist.training.runfolder import METRICS_NAME, RunRecord, read_run_record
+
+EVALUATION = "predictions/evaluation.json"
+Line = dict[str, Any]
+Values = NDArray[np.float64]
+
+
+@dataclass
+class Look:
+    """The gradient of each parameter in one step."""
+
+    step: int
+    norms: dict[str, float]  # NaN where it was not finite
+
+
+@dataclass
+class RunData:
+    """A run."""
+
+    folder: Path
+    name: str
+    record: RunRecord
+    starts: list[Line] = field(default_factory=list)
+    trained: list[Line] = field(default_factory=list)  # figures of steps
+    scored: list[Line] = field(default_factory=list)  # evaluations
+    looks: list[Look] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)  # other events, and how often
+    seconds: float = 0.0  # of all starts, each up to its last line
+    last_time: float | None = None  # of the last line, in seconds since 1970
+    unread: int = 0  # whole lines that are no event
+    evaluation: dict[str, Any] | None = None  # what predictions/ holds
+
+    @property
+    def steps(self) -> int:
+        """The last step on record."""
+        return max((int(line["step"]) for line in (*self.trained, *self.scored)), default=0)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was trained to its last step."""
+        return self.steps >= self.planned
+
+    @property
+    def planned(self) -> int:
+        """Steps that the run has in all, as its last start said: those may be other than run.json's."""
+        return int(next((start["steps"] for start in reversed(self.starts) if "steps" in start), self.record.steps))
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of labels 1..N."""
+        return [str(name) for name in self.record.model["classes"]]
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunData]:
+    """Each run, under a name of its own. Raises UserError if a folder is none."""
+    resolved = [folder.resolve() for folder in folders]
+    for number, folder in enumerate(resolved):
+        if folder in resolved[:number]:
+            raise UserError(f"{folders[number]} is named twice; different runs are needed; leave one out")
+    parts = 1
+    while len({folder.parts[-parts:] for folder in resolved}) < len(resolved):
+        parts += 1
+    return [read_run(folder, "/".join(folder.resolve().parts[-parts:])) for folder in folders]
+
+
+def read_run(folder: Path, name: str) -> RunData:
+    """Raises UserError if `folder` holds no run."""
+    run = RunData(folder, name, read_run_record(folder))
+    began = None
+    for line in _lines(folder / METRICS_NAME, run):
+        event, time = line["event"], float(line["time"])
+        if event == "start":
+            began = run.last_time = time
+            run.starts.append(line)
+        elif event == "train":
+            run.trained.append(line)
+        elif event == "evaluate":
+            run.scored.append(line)
+        elif event == "layers":
+            run.looks.append(_look(line))
+        else:
+            run.others[event] += 1
+        run.seconds += max(0.0, time - run.last_time) if began is not None and run.last_time is not None else 0.0
+        run.last_time = time
+    run.evaluation = _evaluation(folder / EVALUATION, len(run.classes))
+    return run
+
+
+def _lines(path: Path, run: RunData) -> Iterator[Line]:
+    """Events, line by line: looks at layers can take hundreds of megabytes."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for text in file:
+            if not text.endswith("\n"):
+                return  # it is being written, or a kill has cut it
+            try:
+                line = json.loads(text)
+                whole = {"event", "step", "time"} <= line.keys()
+            except (ValueError, AttributeError):
+                whole = False
+            if whole:
+                yield line
+            else:
+                run.unread += 1
+
+
+def _look(line: Line) -> Look:
+    norms = {name: seen["gradient"]["norm"] for name, seen in line["layers"].items()}
+    return Look(int(line["step"]), {name: np.nan if norm is None else float(norm) for name, norm in norms.items()})
+
+
+def _evaluation(path: Path, num_classes: int) -> dict[str, Any] | None:
+    """What training left of its last evaluation, if it did, and it fits the run."""
+    try:
+        found = json.loads(path.read_text())
+        whole = np.array(found["confusion"]).shape == (num_classes + 1, num_classes + 1)
+        return dict(found) if whole and len(found["classes"]) == num_classes else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def values(lines: Sequence[Line], *keys: str) -> Values:
+    """One figure of each line, by its path of keys; NaN where it is null or missing."""
+    found = []
+    for line in lines:
+        value: Any = line
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        found.append(np.nan if value is None else float(value))
+    return np.array(found, np.float64)
+
+
+def last(series: Values) -> float | None:
+    """The last that is a number."""
+    finite = series[np.isfinite(series)]
+    return float(finite[-1]) if len(finite) else None
