@@ -123,7 +123,7 @@ def test_a_continued_journal_is_told_again_up_to_where_the_run_goes_on(tmp_path:
     for step, score in ((2, 0.3), (4, 0.9)):
         journal.write("evaluate", step, official={"mean_iou": score})
     standing = Standing(9, 1)
-    continued = Journal(tmp_path, 2, standing.hear)
+    continued = Journal(tmp_path, 2, [standing.hear])
     assert standing.best_score == (2, 0.3)
     continued.write("evaluate", 4, official={"mean_iou": 0.4})
     assert standing.best_score == (4, 0.4)

@@ -21,6 +21,7 @@ from fcn_dist.model.preprocess import Preprocessing
 from fcn_dist.model.pretrained import load_weights, read_weights
 from fcn_dist.ranks import BatchPlan, Rank
 from fcn_dist.training.average import WeightAverage
+from fcn_dist.training.boards import summary_writer
 from fcn_dist.training.collective import device, on_rank_zero, start_ranks
 from fcn_dist.training.compiling import compile_network
 from fcn_dist.training.deepspeed_config import BATCH_KEYS, EngineConfig, resolve
@@ -78,6 +79,8 @@ def make_ready(config: RunConfig) -> Ready:
     steps = total_steps(recipe.schedule, len(shard_set), engine_config.plan.global_batch)
     check_warmup(recipe.schedule, steps)
     check_cache_limit(shard_set, engine_config.plan, recipe.data, rank)
+    if recipe.log.tensorboard:
+        summary_writer()
     model, description, filled = build_model(recipe, shard_set)
 
     start_ranks()

@@ -1,11 +1,15 @@
 """A whole training run: shards, a recipe and a DeepSpeed configuration in, a run folder out."""
 
+from contextlib import closing, nullcontext
+from pathlib import Path
+
 from fcn_dist.data.loader import build_loader
 from fcn_dist.data.loaderprocesses import ended_with_the_block
 from fcn_dist.errors import EXIT_REQUEUE, EarlyEnd
 from fcn_dist.scoring.metrics import Scores
 from fcn_dist.training.bad_samples import BadSamples
 from fcn_dist.training.beats import RANKS_DIR
+from fcn_dist.training.boards import TensorBoard
 from fcn_dist.training.collective import noticing_lost_peers, of_all_ranks
 from fcn_dist.training.display import TrainingDisplay
 from fcn_dist.training.finite import StepCheck
@@ -18,7 +22,7 @@ from fcn_dist.training.loop import Trainer
 from fcn_dist.training.meter import Meter
 from fcn_dist.training.pace import DeviceEvents, PaceReport
 from fcn_dist.training.phases import Phase, PhaseClock
-from fcn_dist.training.ready import RunConfig, make_ready
+from fcn_dist.training.ready import Ready, RunConfig, make_ready
 from fcn_dist.training.runfolder import Journal
 from fcn_dist.training.scorer import Scorer
 from fcn_dist.training.shortage import Shortage
@@ -51,12 +55,15 @@ def _train(config: RunConfig, stop: StopRequest) -> Scores | None:
     todo = range(first_step, job.steps)
     batches = build_loader(ready.shard_set, job.stream, plan, data, rank.index, todo, pin_memory=on_gpu)
     display = TrainingDisplay(job.steps, first_step, rank.world_size, ready.headline, shown=rank.index == 0)
-    journal = Journal(config.output, first_step, display.hear) if rank.index == 0 else None
+    board = open_board(config.output, ready) if job.recipe.log.tensorboard and rank.index == 0 else None
+    listeners = [display.hear, *([board.hear] if board else [])]
+    journal = Journal(config.output, first_step, listeners) if rank.index == 0 else None
     events = DeviceEvents() if on_gpu else None
     clock = PhaseClock(first_step, events.mark) if events else PhaseClock(first_step)
     watchdog = start_watchdog(config.output / RANKS_DIR, rank, clock, job.recipe.train.watchdog)
     logs = kept_in(config.output / RANKS_DIR / f"rank-{rank.index:05d}.log")
-    with watchdog, waits_measured(clock), logs, display as progress:
+    closing_board = closing(board) if board else nullcontext()
+    with watchdog, waits_measured(clock), logs, closing_board, display as progress:
         keeper = Keeper(config.output, job, ready.record, engine, average, progress, journal, ready.entry.last)
         scores = ready.entry.scores
         scorer = Scorer(
@@ -97,6 +104,12 @@ def _train(config: RunConfig, stop: StopRequest) -> Scores | None:
     if done < job.steps:
         raise stopped(job, keeper, stop, done)
     return scorer.last
+
+
+def open_board(run_dir: Path, ready: Ready) -> TensorBoard:
+    """Of the learning rates, each group's has a curve of its own."""
+    multipliers = {group.name: group.multiplier for group in ready.job.groups}
+    return TensorBoard(run_dir, ready.record, ready.entry.first_step, multipliers)
 
 
 def stopped(job: Job, keeper: Keeper, stop: StopRequest, done: int) -> EarlyEnd:

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,8 @@ RUN_NAME = "run.json"
 METRICS_NAME = "metrics.jsonl"
 LOCK_NAME = ".lock"
 TRAINING_SPLIT = "training"
+
+Listener = Callable[[dict[str, Any]], None]  # takes in a line of the journal
 
 
 @dataclass(frozen=True)
@@ -91,17 +93,16 @@ def command_line() -> str:
 class Journal:
     """metrics.jsonl: one JSON object a line, each with `event`, `step` and `time` (seconds since 1970)."""
 
-    def __init__(self, run_dir: Path, first_step: int, hear: Callable[[dict[str, Any]], None] | None = None) -> None:
+    def __init__(self, run_dir: Path, first_step: int, listeners: Sequence[Listener] = ()) -> None:
         """Continue the file after `first_step`: later lines belong to steps that are trained again.
 
-        `hear` is told every line, those that are kept first.
+        `listeners` are told every line, those that are kept first.
         """
-        self.path, self._hear = run_dir / METRICS_NAME, hear
+        self.path, self._listeners = run_dir / METRICS_NAME, listeners
         kept = [(line, found) for line in self._lines() if (found := json.loads(line))["step"] <= first_step]
         write_text(self.path, "".join(line for line, _ in kept))
-        if hear:
-            for _, found in kept:
-                hear(found)
+        for _, found in kept:
+            self._tell(found)
 
     def write(self, event: str, step: int, **figures: Any) -> None:
         """Append one line. NaN and infinities, which JSON does not have, are written as null."""
@@ -109,8 +110,11 @@ class Journal:
         line = json.dumps(record, allow_nan=False)
         with self.path.open("a") as file:
             file.write(line + "\n")
-        if self._hear:
-            self._hear(record)
+        self._tell(record)
+
+    def _tell(self, record: dict[str, Any]) -> None:
+        for listener in self._listeners:
+            listener(record)
 
     def _lines(self) -> list[str]:
         if not self.path.exists():

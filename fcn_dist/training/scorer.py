@@ -60,8 +60,8 @@ class Scorer:
         told = {"weights": weights, **self.last.summary()}
         self.summary = {"step": done, **told}
         if self.journal:
-            self.journal.write("evaluate", done, **told)
             self._keep(done, weights, chosen, pictures)
+            self.journal.write("evaluate", done, **told)  # whose listeners find the pictures
 
     def _keep(self, done: int, weights: str, chosen: list[Chosen], pictures: dict[str, bytes]) -> None:
         """For people to look at. Training does not need it, so that it goes on without where the disk is full."""
