@@ -49,6 +49,7 @@ def test_values_and_gradients_are_torchs(
     for images, height, width in ((1, 7, 7), (3, 8, 11), (2, 17, 9)):
         torch.manual_seed(height)
         x = torch.randn(images, 6, height, width).to(memory_format=torch.channels_last)
+        assert layer(x).is_contiguous(memory_format=torch.channels_last)
         for found, wanted in zip(through(layer, x), through(plain(layer), x.double()), strict=True):
             assert found.dtype == torch.float32 and found.shape == wanted.shape
             assert (found - wanted).abs().max() <= 2e-6 * wanted.abs().max()
