@@ -20,6 +20,7 @@ def measured(images: int, recompute_stages: int, width: float, size: int, auxili
     with most_held(torch.device("cpu")) as peak:
         recipe = load_recipe(None, [f"model.width={width}"])
         model = FCN(OUTPUTS, recipe.model)
+        model.fc6.by_columns = model.fc7.by_columns = False  # as on a GPU
         if auxiliary:
             add_auxiliary_heads(model)
         for parameter in model.parameters():

@@ -186,8 +186,10 @@ def without_content(config: ModelConfig, outputs: int, auxiliary: bool = False) 
 
 
 def build(config: ModelConfig, outputs: int, auxiliary: bool) -> FCN:
-    """A network, with auxiliary heads if it is to have them."""
+    """A network, with auxiliary heads if it is to have them; its convolutions are those of any device."""
     model = FCN(outputs, config)
+    for layer in (model.fc6, model.fc7):
+        layer.by_columns = False  # of which a CPU holds a bounded number
     if auxiliary:
         add_auxiliary_heads(model)
     return model
