@@ -45,8 +45,8 @@ class SplitTensor:
             begin += part.numel()
 
     def joined(self) -> Tensor:
-        """The whole, in its shape."""
-        return torch.cat(self.parts).view(self.shape)
+        """The whole, in its shape: a view of its part if it has but one."""
+        return (self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)).view(self.shape)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A run's checkpoint in, one model file out: proven by the scores that the training engine itself recorded."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from fcn_dist.checkpoints.store import (
 )
 from fcn_dist.deploy.modelfile import check_new, read_model_file, write_model_file
 from fcn_dist.errors import UserError, named
-from fcn_dist.files import replacing
+from fcn_dist.files import replacing, sync
 from fcn_dist.model.description import ModelDescription
 from fcn_dist.model.fcn import torch_dtype
 
@@ -85,19 +86,22 @@ def convert(
         model = description.build()
     found = consolidate(checkpoint.dir / DEEPSPEED_TAG, model, weights)
     _check_manifest(checkpoint, found)
-    state = _stored(found.state, {name for name, _ in model.named_parameters()}, dtype, checkpoint)
+    state = _Finite(found.state, torch_dtype(dtype))
     with replacing(out) as partial:
-        write_model_file(partial, state, description, _source(Path(run), checkpoint.state, found, dtype))
-        agreement = _compare(partial, checkpoint, found.weights, dtype)
+        source = _source(Path(run), checkpoint.state, found, dtype)
+        write_model_file(partial, state, description, source, dtype, flush=False)
+        state.check(checkpoint, dtype)
+        with ThreadPoolExecutor(1) as flushing:  # the disk has time while the processor computes
+            flushing.submit(sync, partial)
+            agreement = _compare(partial, checkpoint, found.weights, dtype)
         if not agreement.difference <= agreement.tolerance:  # not a number fails, too
             raise UserError(
                 f"the model converted from {checkpoint.dir} does not give the scores that the training engine "
                 f"recorded: they differ by {agreement.difference:.2g} of the largest score in {agreement.arithmetic}, "
                 f"and at most {agreement.tolerance:.2g} is rounding; nothing was written; convert another --step"
             )
-    parameters = sum(tensor.numel() for tensor in state.values())
     return Conversion(
-        out, checkpoint, found.weights, tuple(passed_over), found.rounded, found.left_out, parameters, agreement
+        out, checkpoint, found.weights, tuple(passed_over), found.rounded, found.left_out, state.numbers, agreement
     )
 
 
@@ -121,19 +125,43 @@ def _check_manifest(checkpoint: Checkpoint, found: Consolidated) -> None:
         )
 
 
-def _stored(state: Mapping[str, Tensor], parameters: Set[str], dtype: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The tensors as the file is to hold them; refused unless all are finite."""
-    infinite = [name for name, tensor in state.items() if not tensor.isfinite().all()]
-    if infinite:
-        raise UserError(
-            f"{checkpoint.dir} holds weights that are no finite numbers in {named(infinite)}: training had diverged; "
-            "convert an earlier --step"
-        )
-    stored = {name: tensor.to(torch_dtype(dtype)) if name in parameters else tensor for name, tensor in state.items()}
-    beyond = [name for name, tensor in stored.items() if not tensor.isfinite().all()]
-    if beyond:
-        raise UserError(f"weights of {named(beyond)} are beyond the range of {dtype}; choose bfloat16 or float32")
-    return stored
+class _Finite(Mapping[str, Tensor]):
+    """A state dict that looks at what is read of it, each tensor once."""
+
+    def __init__(self, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        self.numbers = 0  # read
+        self._state, self._dtype = state, dtype
+        self._infinite: list[str] = []
+        self._beyond: list[str] = []
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._state[name]
+        self.numbers += tensor.numel()
+        if tensor.is_floating_point():
+            extremes = torch.stack(tensor.aminmax())  # no number makes both none
+            if not extremes.isfinite().all():
+                self._infinite.append(name)
+            elif not extremes.to(self._dtype).isfinite().all():
+                self._beyond.append(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+    def check(self, checkpoint: Checkpoint, dtype: str) -> None:
+        """Raise UserError unless everything was finite, and is in `dtype`."""
+        if self._infinite:
+            raise UserError(
+                f"{checkpoint.dir} holds weights that are no finite numbers in {named(self._infinite)}: training had "
+                "diverged; convert an earlier --step"
+            )
+        if self._beyond:
+            raise UserError(
+                f"weights of {named(self._beyond)} are beyond the range of {dtype}; choose bfloat16 or float32"
+            )
 
 
 def _source(run: Path, state: CheckpointState, found: Consolidated, dtype: str) -> dict[str, Any]:
