@@ -1,5 +1,7 @@
 """A folder of DeepSpeed's checkpoint files in, one float32 state dict out: ZeRO stages 0 to 3, any number of ranks.
 
+The folder may be one that DeepSpeed's ds_to_universal made.
+
 Frozen parameters have no masters, so that under bf16 and fp16 their weights come out rounded. Tensors are joined when
 they are asked for: whoever goes through them one by one holds one at a time.
 """
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from fcn_dist.checkpoints.savedfiles import SavedFiles, of_deepspeeds_form, open_files
 from fcn_dist.checkpoints.trainingstate import AVERAGE_KEY, SplitTensor, Trained, training_state
+from fcn_dist.checkpoints.universal import is_universal, read_universal
 from fcn_dist.errors import UserError, named
 from fcn_dist.model.auxiliary import PREFIX, head_shapes
 from fcn_dist.model.fcn import FCN
@@ -60,9 +63,13 @@ def consolidate(folder: Path, model: FCN, weights: Weights | None = None) -> Con
     Raises UserError unless every parameter and buffer is there, whole, in its shape, and nothing else is, of heads
     likewise if there are any.
     """
-    files = open_files(folder)
+    if is_universal(folder):
+        files, found = read_universal(folder)
+    else:
+        files = open_files(folder)
+        with of_deepspeeds_form(folder):
+            found = training_state(files)
     with of_deepspeeds_form(folder):
-        found = training_state(files)
         masters = {name: trained.master for name, trained in found.trained.items()}
         if files.stage < 3:
             _check_agreement(masters, files)
@@ -101,8 +108,8 @@ def _has_averages(trained: Mapping[str, Trained]) -> bool:
 def _averages(trained: Mapping[str, Trained], folder: Path) -> dict[str, SplitTensor]:
     if not _has_averages(trained):
         raise UserError(
-            f"{folder} holds no averaged weights; a run with train.ema is needed for those; take its trained ones, or "
-            "a step after train.ema was set"
+            f"{folder} holds no averaged weights; a run with train.ema is needed for those, and ds_to_universal leaves "
+            "them out; take the trained ones, or a step after train.ema was set"
         )
     return {name: one.tensors[AVERAGE_KEY] for name, one in trained.items()}
 

@@ -39,7 +39,11 @@ def main(argv: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("convert", description="Turn a run's checkpoint into one model file.")
     add = parser.add_argument
-    add("run", type=Path, help="run folder, as launch/train.py wrote it with --output; with --from, a file")
+    add(
+        "run",
+        type=Path,
+        help="run folder, as launch/train.py wrote it; or a step's universal checkpoint; with --from, a file",
+    )
     add("out", type=Path, help="model file to write, such as model.safetensors")
     add("--step", type=int, metavar="N", help="checkpoint to convert (default: the newest whole one)")
     add("--weights", choices=WEIGHTS, help="which (default: averaged where there are any, see train.ema)")

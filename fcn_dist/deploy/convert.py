@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from fcn_dist.checkpoints.store import (
     PROBE_NAME,
     PROBE_SCORES,
     Checkpoint,
-    CheckpointState,
     Damage,
     open_checkpoint,
+    open_described,
 )
+from fcn_dist.checkpoints.universal import is_universal
 from fcn_dist.deploy.modelfile import check_new, read_model_file, write_model_file
 from fcn_dist.errors import UserError, named
 from fcn_dist.files import replacing, sync
@@ -71,6 +72,8 @@ def convert(
 ) -> Conversion:
     """Write the model file of a run's newest whole checkpoint, or that of `step`, its weights stored as `dtype`.
 
+    `run` may also be a universal checkpoint, as DeepSpeed's ds_to_universal made it of such a checkpoint, in whose own
+    folder it lies: what was recorded there describes it and proves it.
     The weights are the averaged ones where the checkpoint has any, unless `weights` says which. Running statistics of
     batch normalisation, small and of a wide range, are stored in float32 in any case.
     The file appears only after it was read back and gave the scores that were recorded with these weights. Raises
@@ -80,15 +83,17 @@ def convert(
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; one of {', '.join(DTYPES)} is needed")
     check_new(out, overwrite)
-    checkpoint, passed_over = open_checkpoint(Path(run), step)
+    checkpoint, files, passed_over = _open(Path(run), step)
     description = _description(checkpoint)
     with torch.device("meta"):
         model = description.build()
-    found = consolidate(checkpoint.dir / DEEPSPEED_TAG, model, weights)
+    found = consolidate(files, model, weights)
+    if weights is None and is_universal(files):
+        _check_averages(checkpoint, files)
     _check_manifest(checkpoint, found)
     state = _Finite(found.state, torch_dtype(dtype))
     with replacing(out) as partial:
-        source = _source(Path(run), checkpoint.state, found, dtype)
+        source = _source(checkpoint, found, dtype)
         write_model_file(partial, state, description, source, dtype, flush=False)
         state.check(checkpoint, dtype)
         with ThreadPoolExecutor(1) as flushing:  # the disk has time while the processor computes
@@ -103,6 +108,26 @@ def convert(
     return Conversion(
         out, checkpoint, found.weights, tuple(passed_over), found.rounded, found.left_out, state.numbers, agreement
     )
+
+
+def _open(run: Path, step: int | None) -> tuple[Checkpoint, Path, list[Damage]]:
+    """The checkpoint, the folder of its DeepSpeed files, and newer ones that were passed over."""
+    if not is_universal(run):
+        checkpoint, passed_over = open_checkpoint(run, step)
+        return checkpoint, checkpoint.dir / DEEPSPEED_TAG, passed_over
+    if step is not None:
+        raise UserError(f"{run} is the universal checkpoint of one step; leave --step out")
+    return open_described(run.resolve().parent, PROBE_NAME), run, []
+
+
+def _check_averages(checkpoint: Checkpoint, files: Path) -> None:
+    """ds_to_universal knows but Adam's tensors: nobody is to take trained weights for averaged ones."""
+    with _probe(checkpoint) as probe:
+        if PROBE_SCORES["averaged"] in probe.keys():  # noqa: SIM118 - no mapping
+            raise UserError(
+                f"the run of {files} averaged its weights, and ds_to_universal left the averages out; give --weights "
+                "trained to take the trained ones, or convert the run itself"
+            )
 
 
 def _description(checkpoint: Checkpoint) -> ModelDescription:
@@ -164,9 +189,10 @@ class _Finite(Mapping[str, Tensor]):
             )
 
 
-def _source(run: Path, state: CheckpointState, found: Consolidated, dtype: str) -> dict[str, Any]:
+def _source(checkpoint: Checkpoint, found: Consolidated, dtype: str) -> dict[str, Any]:
+    state = checkpoint.state
     return {
-        "run": run.resolve().name,
+        "run": checkpoint.dir.resolve().parents[1].name,
         "step": state.step,
         "weights": found.weights,
         "scores": state.scores,
@@ -210,11 +236,18 @@ def _compare(path: Path, checkpoint: Checkpoint, weights: Weights, dtype: str) -
 
 def _read_probe(checkpoint: Checkpoint, weights: Weights) -> tuple[Tensor, Tensor, str]:
     """The image, its scores by the engine with these weights, and the kind of device it ran on ("" if not recorded)."""
+    with _probe(checkpoint) as probe:
+        device = (probe.metadata() or {}).get("device", "")
+        return probe.get_tensor("image"), probe.get_tensor(PROBE_SCORES[weights]), device
+
+
+@contextmanager
+def _probe(checkpoint: Checkpoint) -> Iterator[Any]:
+    """Its file, open."""
     path = checkpoint.dir / PROBE_NAME
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            return file.get_tensor("image"), file.get_tensor(PROBE_SCORES[weights]), metadata.get("device", "")
+            yield file
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path} cannot be read ({error}); without the scores it holds, a conversion cannot be checked; restore "

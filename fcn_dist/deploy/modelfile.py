@@ -99,7 +99,7 @@ def write_tensors(
         for name in order:
             tensor = tensors[name].to(forms[name].dtype).contiguous()
             assert tuple(tensor.shape) == forms[name].shape, name
-            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def read_model_file(path: Path) -> tuple[FCN, ModelFileInfo]:
