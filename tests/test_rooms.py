@@ -36,7 +36,7 @@ ROOMS = {
     "scoring": room("data model", "torch numpy"),
     "checkpoints": room("model", "torch safetensors numpy"),
     "training": room("data model scoring checkpoints", "deepspeed torch safetensors numpy tensorboard"),
-    "deploy": room("data model scoring checkpoints training", "torch safetensors numpy cv2 PIL onnx"),
+    "deploy": room("data model scoring checkpoints training", "torch safetensors numpy cv2 PIL onnx onnxruntime"),
     "reporting": room("data scoring checkpoints training deploy", "numpy cv2 PIL matplotlib tensorboard"),
     "launching": room("", ""),
     "commands": room("data model scoring checkpoints training deploy reporting launching", "torch numpy cv2 PIL"),

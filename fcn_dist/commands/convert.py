@@ -8,7 +8,8 @@ from fcn_dist.checkpoints.consolidate import WEIGHTS
 from fcn_dist.console import console
 from fcn_dist.data.scenes.class_info import read_names
 from fcn_dist.deploy import pytorch_fcn
-from fcn_dist.deploy.convert import DTYPES, Conversion, convert
+from fcn_dist.deploy.convert import DTYPES, Agreement, Conversion, convert
+from fcn_dist.deploy.export import FORMS, SIZES, export
 from fcn_dist.errors import UserError, named
 from fcn_dist.files import write_text
 
@@ -23,6 +24,9 @@ def main(argv: list[str]) -> None:
         raise UserError(
             "--classes and --at-once describe weights given with --from; a run knows its own; leave them out"
         )
+    if options.to != "safetensors":
+        _export(options)
+        return
     conversion = convert(
         options.run,
         options.out,
@@ -48,12 +52,40 @@ def _parser() -> argparse.ArgumentParser:
     add("--step", type=int, metavar="N", help="checkpoint to convert (default: the newest whole one)")
     add("--weights", choices=WEIGHTS, help="which (default: averaged where there are any, see train.ema)")
     add("--dtype", choices=DTYPES, default="float32", help="of the stored weights (default: %(default)s)")
+    add("--to", choices=("safetensors", *FORMS), default="safetensors", help="what to write (default: a model file)")
     add("--overwrite", action="store_true", help="replace a model file that is there already")
     add("--from", dest="origin", choices=("pytorch-fcn",), help="convert a .pth state dict of that system")
     add("--classes", type=Path, metavar="FILE", help="its classes: objectInfo150.txt, or a name a line")
     add("--at-once", action="store_true", help="it is the at-once form, FCN8sAtOnce")
     add("--json", type=Path, metavar="PATH", help="also write these figures to a JSON file")
     return parser
+
+
+def _export(options: argparse.Namespace) -> None:
+    """A graph for another runtime."""
+    if options.dtype != "float32":
+        raise UserError(f"--dtype {options.dtype} is of model files; --to {options.to} writes float32; leave it out")
+    exported = export(
+        options.run, options.out, options.to, step=options.step, weights=options.weights, overwrite=options.overwrite
+    )
+    conversion, network = exported.conversion, exported.network
+    _print_checkpoint(conversion)
+    _print_agreement(exported.probe)
+    console.print(
+        f"            {network.scores:,} scores and {exported.labels:,} labels of images of {len(SIZES)} sizes against "
+        f"the network's own: largest difference {network.difference:.2g}, {network.tolerance:.2g} allowed"
+    )
+    _print_file(exported.path, conversion.parameters, "float32")
+    if options.json:
+        figures = _as_dict(conversion, "float32") | {
+            "model": str(exported.path),
+            "form": exported.form,
+            "difference": exported.probe.difference,
+            "tolerance": exported.probe.tolerance,
+            "network_difference": network.difference,
+            "network_tolerance": network.tolerance,
+        }
+        write_text(options.json, json.dumps(figures, indent=1) + "\n")
 
 
 def _convert_weights(options: argparse.Namespace) -> None:
@@ -63,6 +95,8 @@ def _convert_weights(options: argparse.Namespace) -> None:
     for name in ("step", "weights", "json"):
         if getattr(options, name) is not None:
             raise UserError(f"--{name} is about a run; --from {options.origin} takes a file; leave it out")
+    if options.to != "safetensors":
+        raise UserError(f"--to {options.to} is about a run; --from {options.origin} writes model files; leave it out")
     converted = pytorch_fcn.convert(
         options.run,
         options.out,
@@ -88,7 +122,13 @@ def _print_file(path: Path, parameters: int, dtype: str) -> None:
 
 
 def _print_summary(conversion: Conversion, dtype: str) -> None:
-    state, agreement = conversion.checkpoint.state, conversion.agreement
+    _print_checkpoint(conversion)
+    _print_agreement(conversion.agreement)
+    _print_file(conversion.path, conversion.parameters, dtype)
+
+
+def _print_checkpoint(conversion: Conversion) -> None:
+    state = conversion.checkpoint.state
     for damage in conversion.passed_over:
         console.print(f"passed over {damage.dir}: {damage.reason}")
     console.print(
@@ -102,12 +142,14 @@ def _print_summary(conversion: Conversion, dtype: str) -> None:
         )
     if conversion.left_out:
         console.print(f"left out    {named(list(conversion.left_out))}, which are in training alone")
+
+
+def _print_agreement(agreement: Agreement) -> None:
     console.print(
         f"checked     {agreement.scores:,} scores of the probe image against the training engine's, in "
         f"{agreement.arithmetic}: largest difference {agreement.difference:.2g} of the largest score, "
         f"{agreement.tolerance:.2g} allowed"
     )
-    _print_file(conversion.path, conversion.parameters, dtype)
 
 
 def _as_dict(conversion: Conversion, dtype: str) -> dict[str, object]:

@@ -210,7 +210,7 @@ def _source(checkpoint: Checkpoint, found: Consolidated, dtype: str) -> dict[str
 
 def _compare(path: Path, checkpoint: Checkpoint, weights: Weights, dtype: str) -> Agreement:
     """Read the file as a user would, and score the probe image in the arithmetic of the engine that recorded it."""
-    image, expected, recorded_on = _read_probe(checkpoint, weights)
+    image, expected, recorded_on = read_probe(checkpoint, weights)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, _ = read_model_file(path)
     precision = checkpoint.state.precision
@@ -234,7 +234,7 @@ def _compare(path: Path, checkpoint: Checkpoint, weights: Weights, dtype: str) -
     return Agreement(f"{arithmetic} on {device.type}", scores.numel(), difference, tolerance)
 
 
-def _read_probe(checkpoint: Checkpoint, weights: Weights) -> tuple[Tensor, Tensor, str]:
+def read_probe(checkpoint: Checkpoint, weights: Weights) -> tuple[Tensor, Tensor, str]:
     """The image, its scores by the engine with these weights, and the kind of device it ran on ("" if not recorded)."""
     with _probe(checkpoint) as probe:
         device = (probe.metadata() or {}).get("device", "")

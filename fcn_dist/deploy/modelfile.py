@@ -44,6 +44,16 @@ class ModelFileInfo:
     dtype: str  # of the stored weights
 
 
+def metadata_text(info: ModelFileInfo) -> str:
+    """The JSON of a model file, for graphs that are made of it."""
+    return _text(info.description, info.source)
+
+
+def _text(description: ModelDescription, source: Mapping[str, Any]) -> str:
+    content = {"format_version": FORMAT_VERSION, "model": description.as_dict(), "source": dict(source)}
+    return json.dumps(content)
+
+
 def check_new(out: Path, overwrite: bool) -> None:
     """Raise UserError unless a model file can be written to `out`: a new one, or in place of a file if `overwrite`."""
     if out.is_dir() or (out.exists() and not overwrite):
@@ -65,9 +75,8 @@ def write_model_file(
     It is asked for one tensor at a time. Parameters are stored as `dtype`, or, if it is None, as they are; buffers, of
     a wide range, as they are in any case. `flush` as of files.replacing.
     """
-    content = {"format_version": FORMAT_VERSION, "model": description.as_dict(), "source": dict(source)}
     # The first key is that of the format's convention: who reads the tensors.
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(content)}
+    metadata = {"format": "pt", METADATA_KEY: _text(description, source)}
     if dtype is None:
         forms = {name: Form(tensor.dtype, tuple(tensor.shape)) for name, tensor in model_state.items()}
     else:
