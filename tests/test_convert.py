@@ -179,3 +179,32 @@ def test_weights_beyond_float16_are_refused_in_float16(tmp_path: Path) -> None:
 def test_the_command_ends_with_2_and_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_script("convert", [str(tmp_path / "none"), str(tmp_path / "model.safetensors")]) == 2
     assert capsys.readouterr().err.startswith(f"error: no run folder {tmp_path / 'none'}")
+
+
+def test_the_card_says_what_it_was_trained_on_and_what_it_began_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    official = {"pixel_accuracy": 0.5, "mean_iou": 0.25, "score": 0.375}
+    state = replace(STATE, scores={"split": "validation", "num_samples": 5, "official": official})
+    config = replace(DESCRIPTION.config, weights="some/where/vgg.pth", weights_licence="CC BY 4.0")
+    save_run(tmp_path / "run", state=state, description=replace(DESCRIPTION, config=config))
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"shards": "s3://bucket/camvid-shards"}))
+    out = tmp_path / "model.safetensors"
+    convert(tmp_path / "run", out)
+    card = read_model_file(out)[1].source["card"]
+    assert card["data_set"]["name"] == "camvid-shards" and card["scores"]["official"] == official
+    assert (card["classes"], card["steps"], card["images_trained"], card["weights"]) == (5, 1, 8, "trained")
+    assert card["began_with"] == {"weights": "vgg.pth", "licence": "CC BY 4.0"}
+    command.main([str(out), "--show"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "fcn8s on vgg16" in printed and "camvid-shards, 5 classes" in printed and "sky, sea, sand" in printed
+    assert "vgg.pth, licence CC BY 4.0" in printed and "mean iou 25.00 %" in printed
+
+
+@pytest.mark.parametrize(("weights", "began"), [(None, None), ("v.pth", {"weights": "v.pth", "licence": "unknown"})])
+def test_a_licence_that_nobody_stated_is_unknown(tmp_path: Path, weights: str | None, began: Any) -> None:
+    config = replace(DESCRIPTION.config, weights=weights)
+    save_run(tmp_path / "run", description=replace(DESCRIPTION, config=config))
+    convert(tmp_path / "run", tmp_path / "model.safetensors")
+    card = read_model_file(tmp_path / "model.safetensors")[1].source["card"]
+    assert card["began_with"] == began and card["data_set"]["name"] == "unknown"

@@ -4,19 +4,30 @@ import argparse
 import json
 from pathlib import Path
 
+from rich.table import Table
+
 from fcn_dist.checkpoints.consolidate import WEIGHTS
 from fcn_dist.console import console
 from fcn_dist.data.scenes.class_info import read_names
 from fcn_dist.deploy import pytorch_fcn
+from fcn_dist.deploy.card import card_lines
 from fcn_dist.deploy.convert import DTYPES, Agreement, Conversion, convert
 from fcn_dist.deploy.export import FORMS, SIZES, export
+from fcn_dist.deploy.modelfile import read_model_file
+from fcn_dist.deploy.pictures import short_name
 from fcn_dist.errors import UserError, named
 from fcn_dist.files import write_text
 
 
 def main(argv: list[str]) -> None:
     """Convert as the arguments say, and print what the new file was compared with."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.show:
+        _show(options.run)
+        return
+    if options.out is None:
+        parser.error("a file to write is needed")
     if options.origin:
         _convert_weights(options)
         return
@@ -48,10 +59,11 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="run folder, as launch/train.py wrote it; or a step's universal checkpoint; with --from, a file",
     )
-    add("out", type=Path, help="model file to write, such as model.safetensors")
+    add("out", type=Path, nargs="?", help="model file to write, such as model.safetensors")
     add("--step", type=int, metavar="N", help="checkpoint to convert (default: the newest whole one)")
     add("--weights", choices=WEIGHTS, help="which (default: averaged where there are any, see train.ema)")
     add("--dtype", choices=DTYPES, default="float32", help="of the stored weights (default: %(default)s)")
+    add("--show", action="store_true", help="print what a model file, given in place of a run, says of itself")
     add("--to", choices=("safetensors", *FORMS), default="safetensors", help="what to write (default: a model file)")
     add("--overwrite", action="store_true", help="replace a model file that is there already")
     add("--from", dest="origin", choices=("pytorch-fcn",), help="convert a .pth state dict of that system")
@@ -59,6 +71,31 @@ def _parser() -> argparse.ArgumentParser:
     add("--at-once", action="store_true", help="it is the at-once form, FCN8sAtOnce")
     add("--json", type=Path, metavar="PATH", help="also write these figures to a JSON file")
     return parser
+
+
+def _show(path: Path) -> None:
+    """What a model file says."""
+    model, info = read_model_file(path)
+    description, config = info.description, info.description.config
+    table = Table(show_header=False, box=None)
+    form = f"{config.variant} on {config.backbone}, geometry {config.geometry}{', at once' if config.at_once else ''}"
+    numbers = sum(tensor.numel() for tensor in model.state_dict().values())
+    rows = [
+        ("network", form),
+        ("weights", f"{numbers:,} in {info.dtype}, {path.stat().st_size / 1e6:,.1f} MB"),
+        (
+            "pixels",
+            f"{description.preprocessing.channel_order}, minus {description.preprocessing.mean}, "
+            f"over {description.preprocessing.std}",
+        ),
+        ("classes", ", ".join(short_name(name) for name in description.classes)),
+        ("outputs", f"{model.num_outputs}: labels {0 if description.score_other else 1} to {len(description.classes)}"),
+        *(card_lines(info.source["card"]) if "card" in info.source else []),
+        *((key, str(value)) for key, value in info.source.items() if key not in ("card", "scores")),
+    ]
+    for name, text in rows:
+        table.add_row(name, text)
+    console.print(table)
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ from fcn_dist.checkpoints.store import (
     open_described,
 )
 from fcn_dist.checkpoints.universal import is_universal
+from fcn_dist.deploy.card import model_card
 from fcn_dist.deploy.modelfile import check_new, read_model_file, write_model_file
 from fcn_dist.errors import UserError, named
 from fcn_dist.files import replacing, sync
@@ -205,6 +206,7 @@ def _source(checkpoint: Checkpoint, found: Consolidated, dtype: str) -> dict[str
         "fcn_dist": fcn_dist.__version__,
         "deepspeed": found.deepspeed_version,
         "torch": torch.__version__,
+        "card": model_card(checkpoint, found.weights),
     }
 
 
