@@ -55,13 +55,22 @@ def table(measured: Sequence[Measured]) -> Table:
     rows: list[tuple[str, ...]] = []
     for one in measured:
         if one.problem:
-            rows.append((one.contender.name, "", "", "", "", one.problem))
+            rows.append((one.contender.name, "", "", "", "", "", one.problem))
             continue
         took = one.figures("seconds")
         shares = (f"{share(one, name):.2f}" for name in ("anonymous", "resident"))
         spread = f"{min(took):.2f}-{max(took):.2f}"
-        rows.append((one.contender.name, f"{median(took):.2f}", spread, *shares, one.contender.does))
-    columns = ("", "seconds", "range", "memory of its own", "with mapped files", "what it does")
+        rows.append(
+            (
+                one.contender.name,
+                f"{median(took):.2f}",
+                spread,
+                f"{median(one.figures('cpu')):.2f}",
+                *shares,
+                one.contender.does,
+            )
+        )
+    columns = ("", "seconds", "range", "CPU s", "memory of its own", "with mapped files", "what it does")
     return Table("memory as a multiple of the float32 weights", columns, tuple(rows))
 
 

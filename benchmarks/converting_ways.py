@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 INTERVAL = 0.001  # seconds
@@ -70,16 +70,16 @@ def _written(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def measured() -> Iterator[dict[str, float]]:
-    """`seconds`, and growth of `anonymous` and `resident` at most, of the block; there once it has ended."""
+    """`seconds`, `cpu` seconds, and growth of `anonymous` and `resident` at most; there once the block has ended."""
     figures: dict[str, float] = {}
     gc.collect()
     # The peak so far, of the imports, is forgotten.
     Path("/proc/self/clear_refs").write_text("5")
     before = _status(os.getpid())
     with most_anonymous() as peak:
-        began = perf_counter()
+        began, cpu = perf_counter(), process_time()
         yield figures
-        figures["seconds"] = perf_counter() - began
+        figures["seconds"], figures["cpu"] = perf_counter() - began, process_time() - cpu
     after = _status(os.getpid())
     figures["anonymous"] = peak[0] - before[ANONYMOUS]
     figures["resident"] = after[MOST_RESIDENT] - before[RESIDENT]

@@ -52,6 +52,7 @@ ALSO = {
 ONLY = {
     "fcn_dist.deploy.predict": room("model", "torch numpy safetensors cv2 PIL"),
     "fcn_dist.deploy.modelfile": room("model", "torch numpy safetensors"),
+    "fcn_dist.deploy.modelurl": room("", "fsspec"),
     "fcn_dist.deploy.pictures": room("", "numpy cv2 PIL"),
     "fcn_dist.deploy.lettering": room("", "numpy PIL"),
 }
