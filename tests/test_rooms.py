@@ -54,6 +54,7 @@ ONLY = {
     "fcn_dist.deploy.modelfile": room("model", "torch numpy safetensors"),
     "fcn_dist.deploy.modelurl": room("", "fsspec"),
     "fcn_dist.deploy.pictures": room("", "numpy cv2 PIL"),
+    "fcn_dist.deploy.naming": room("", "numpy cv2 PIL"),
     "fcn_dist.deploy.lettering": room("", "numpy PIL"),
 }
 
