@@ -11,10 +11,11 @@ from fcn_dist.console import console
 from fcn_dist.data.scenes.class_info import read_names
 from fcn_dist.deploy import pytorch_fcn
 from fcn_dist.deploy.card import card_lines
-from fcn_dist.deploy.convert import DTYPES, Agreement, Conversion, convert
+from fcn_dist.deploy.convert import DTYPES, Conversion, convert
 from fcn_dist.deploy.export import FORMS, SIZES, export
 from fcn_dist.deploy.modelfile import read_model_file
 from fcn_dist.deploy.pictures import short_name
+from fcn_dist.deploy.proof import Agreement
 from fcn_dist.errors import UserError, named
 from fcn_dist.files import write_text
 

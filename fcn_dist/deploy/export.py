@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from fcn_dist.checkpoints.consolidate import Weights
-from fcn_dist.deploy.convert import TOLERANCES, Agreement, Conversion, convert, read_probe
+from fcn_dist.deploy.convert import Conversion, convert
 from fcn_dist.deploy.modelfile import METADATA_KEY, ModelFileInfo, check_new, metadata_text, read_model_file
+from fcn_dist.deploy.proof import TOLERANCES, Agreement, read_probe
 from fcn_dist.errors import UserError
 from fcn_dist.files import replacing
 from fcn_dist.model.fcn import FCN
