@@ -64,6 +64,7 @@ class ModelConfig:
     frozen_stages: int = 0  # first stages of the backbone that keep weights and statistics they start with
     weights: str | None = None  # VGG weights, .safetensors or .pth
     weights_convention: Literal["caffe", "torchvision"] | None = None  # None: as the file's metadata says
+    weights_licence: str | None = None  # under which they are given away, for the model card; None: not known
 
     def __post_init__(self) -> None:
         _check(0 < self.width <= 4, "model.width", self.width, "a factor in (0, 4]")

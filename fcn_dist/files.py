@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fcn_dist.errors import UserError
+
 
 @contextmanager
 def replacing(path: Path, flush: bool = True) -> Iterator[Path]:
@@ -46,3 +48,17 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file's contents in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def default_cache_dir() -> Path:
+    """FCN_DIST_CACHE, else fcn-dist in XDG_CACHE_HOME, else in ~/.cache; UserError if there is no home."""
+    if chosen := os.environ.get("FCN_DIST_CACHE"):
+        return Path(chosen)
+    if caches := os.environ.get("XDG_CACHE_HOME"):
+        return Path(caches) / "fcn-dist"
+    try:
+        return Path.home() / ".cache" / "fcn-dist"
+    except RuntimeError as error:
+        raise UserError(
+            "this account has no home for the cache of remote files; a folder is needed; set FCN_DIST_CACHE"
+        ) from error

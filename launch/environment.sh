@@ -1,9 +1,9 @@
 # Sourced by quickstart.sh and tests/run.sh: makes the environment in .venv, or takes the one that is there.
 # Needs Python 3.11 or newer and a C++ compiler (DeepSpeed builds its CPU communication with it).
-# PYTHON=... chooses the interpreter. EXTRAS=... names the package's extras to install.
+# PYTHON=... chooses the interpreter. EXTRAS=... names the package's extras to install (default: train).
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-extras=${EXTRAS:-}
+extras=${EXTRAS:-train}
 python=${PYTHON:-}
 if [ -z "$python" ]; then
     for candidate in python3.11 python3 python; do
@@ -23,7 +23,7 @@ if ! command -v c++ >/dev/null && ! command -v g++ >/dev/null; then
 fi
 
 wanted="$(cksum <"$root/setup.cfg") $("$python" -V 2>&1)"
-stamp=$root/.venv/installed-${extras:-base}
+stamp=$root/.venv/installed-$extras
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing into $root/.venv (once; some minutes)"
     [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv"
@@ -38,8 +38,8 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
                 2>/dev/null; } || $pip install "$torch"
     fi
     # DeepSpeed's build looks for torch, so it must not be built in isolation from it.
-    $pip install --no-build-isolation --editable "$root${extras:+[$extras]}"
-    echo "$wanted" | tee "$stamp" >"$root/.venv/installed-base"
+    $pip install --no-build-isolation --editable "$root[$extras]"
+    echo "$wanted" | tee "$stamp" >"$root/.venv/installed-train" # every other extra that is installed here has it
 fi
 # shellcheck disable=SC1091
 . "$root/.venv/bin/activate"

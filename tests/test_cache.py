@@ -17,9 +17,10 @@ from s3_server import BUCKET, serving_s3
 
 from fcn_dist.data import flocks
 from fcn_dist.data.flocks import Patience
-from fcn_dist.data.remote.cache import NodeCache, RemoteFile, default_cache_dir
+from fcn_dist.data.remote.cache import NodeCache, RemoteFile
 from fcn_dist.data.remote.urls import Retries
 from fcn_dist.errors import UserError
+from fcn_dist.files import default_cache_dir
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -1,82 +1,22 @@
 """From a checkpoint to a model file that was proven. Real ranks are in test_zero.py; here the files are our own."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from committing import commit_folder
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from saved_run import IMAGE, STATE, save_run
 from tiny_models import DESCRIPTION, tiny_network
 
-from fcn_dist.checkpoints.commit import prepare
-from fcn_dist.checkpoints.store import CheckpointState
 from fcn_dist.commands import convert as command
 from fcn_dist.commands.entry import run_script
 from fcn_dist.deploy.convert import convert
 from fcn_dist.deploy.modelfile import read_model_file
 from fcn_dist.deploy.predict import Predictor
 from fcn_dist.errors import UserError
-from fcn_dist.model.fcn import FCN
-
-STATE = CheckpointState(
-    step=1,
-    position=8,
-    world_size=1,
-    zero_stage=0,
-    precision="float32",
-    model=json.loads(json.dumps(DESCRIPTION.as_dict())),
-    recipe={},
-    deepspeed={},
-    index_sha256="0" * 64,
-    scores={"mean_iou": 0.25},
-)
-IMAGE = torch.randint(0, 256, (1, 33, 47, 3), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
-Edit = Callable[[dict[str, Any]], Any]
-
-
-def save_run(
-    run_dir: Path,
-    step: int = 1,
-    seed: int = 0,
-    bias: float = 0.5,
-    edit_probe: Edit = dict,
-    state: CheckpointState = STATE,
-    averaged: FCN | None = None,
-) -> FCN:
-    """A committed checkpoint as one rank without ZeRO in float32 writes it; returns its network.
-
-    `averaged` is the network with its averaged weights, if it has any.
-    """
-    model = tiny_network(seed=seed)
-    model.get_parameter("fc7.bias").data[3] = bias
-    folder = prepare(run_dir, step)
-    content = {
-        "module": model.state_dict(),
-        "parameter_groups": [[name for name, _ in model.named_parameters()]],
-        "optimizer": {
-            "state": {n: {"ema": p.data} for n, p in enumerate(averaged.parameters())} if averaged else {},
-        },
-        "buffer_names": [],
-        "global_steps": step,
-        "global_samples": step,
-        "skipped_steps": 0,
-        "frozen_param_fragments": None,
-        "dp_world_size": 1,
-        "ds_version": "0.19.8",
-    }
-    torch.save(content, folder / "deepspeed" / "mp_rank_00_model_states.pt")
-    with torch.inference_mode():
-        probe = {"image": IMAGE, "scores": model(IMAGE, coarse=True).contiguous()}
-        if averaged:
-            probe["averaged_scores"] = averaged(IMAGE, coarse=True).contiguous()
-    if changed := edit_probe(probe):
-        save_file(changed, folder / "probe.safetensors", {"device": "cpu"})
-    commit_folder(folder, replace(state, step=step))
-    return model
 
 
 def assert_nothing_was_left(folder: Path) -> None:
@@ -239,3 +179,32 @@ def test_weights_beyond_float16_are_refused_in_float16(tmp_path: Path) -> None:
 def test_the_command_ends_with_2_and_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_script("convert", [str(tmp_path / "none"), str(tmp_path / "model.safetensors")]) == 2
     assert capsys.readouterr().err.startswith(f"error: no run folder {tmp_path / 'none'}")
+
+
+def test_the_card_says_what_it_was_trained_on_and_what_it_began_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    official = {"pixel_accuracy": 0.5, "mean_iou": 0.25, "score": 0.375}
+    state = replace(STATE, scores={"split": "validation", "num_samples": 5, "official": official})
+    config = replace(DESCRIPTION.config, weights="some/where/vgg.pth", weights_licence="CC BY 4.0")
+    save_run(tmp_path / "run", state=state, description=replace(DESCRIPTION, config=config))
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"shards": "s3://bucket/camvid-shards"}))
+    out = tmp_path / "model.safetensors"
+    convert(tmp_path / "run", out)
+    card = read_model_file(out)[1].source["card"]
+    assert card["data_set"]["name"] == "camvid-shards" and card["scores"]["official"] == official
+    assert (card["classes"], card["steps"], card["images_trained"], card["weights"]) == (5, 1, 8, "trained")
+    assert card["began_with"] == {"weights": "vgg.pth", "licence": "CC BY 4.0"}
+    command.main([str(out), "--show"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "fcn8s on vgg16" in printed and "camvid-shards, 5 classes" in printed and "sky, sea, sand" in printed
+    assert "vgg.pth, licence CC BY 4.0" in printed and "mean iou 25.00 %" in printed
+
+
+@pytest.mark.parametrize(("weights", "began"), [(None, None), ("v.pth", {"weights": "v.pth", "licence": "unknown"})])
+def test_a_licence_that_nobody_stated_is_unknown(tmp_path: Path, weights: str | None, began: Any) -> None:
+    config = replace(DESCRIPTION.config, weights=weights)
+    save_run(tmp_path / "run", description=replace(DESCRIPTION, config=config))
+    convert(tmp_path / "run", tmp_path / "model.safetensors")
+    card = read_model_file(tmp_path / "model.safetensors")[1].source["card"]
+    assert card["began_with"] == began and card["data_set"]["name"] == "unknown"

@@ -176,3 +176,51 @@ def test_conversion_needs_no_deepspeed_either() -> None:
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_documented_reader_needs_numpy_and_json_alone(tmp_path: Path, dtype: str) -> None:
+    description = replace(DESCRIPTION, config=replace(DESCRIPTION.config, backbone="vgg16_bn"))
+    state = tiny_network(description).state_dict()
+    card = {"card": {"scores": {"official": {"mean_iou": 0.25}}}}
+    write_model_file(tmp_path / "m.safetensors", state, description, card, dtype)
+    documented = (Path(__file__).parents[1] / "docs" / "modelfile.md").read_text()
+    script = documented.split("```python\n")[1].split("```")[0]
+    blocked = "import sys; sys.modules.update(dict.fromkeys(('torch', 'safetensors')))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", blocked + script, str(tmp_path / "m.safetensors")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, *lines = done.stdout.splitlines()
+    assert first.startswith("fcn8s ['sky', 'sea'") and "'mean_iou': 0.25" in first
+    assert {line.split()[0] for line in lines} == state.keys()
+    parameters = {name for name, _ in tiny_network(description).named_parameters()}
+    for line in lines:
+        name, mean = line.split()[0], float(line.split()[-1])
+        stored = state[name].to(getattr(torch, dtype)) if name in parameters else state[name]
+        assert mean == pytest.approx(float(stored.double().mean()), rel=1e-9, abs=1e-12)
+        assert f" {tuple(stored.shape)} " in line
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_file_is_what_the_formats_own_writer_would_write(tmp_path: Path, dtype: str) -> None:
+    description = replace(DESCRIPTION, config=replace(DESCRIPTION.config, backbone="vgg16_bn"))
+    network = tiny_network(description)
+    write_model_file(tmp_path / "m.safetensors", network.state_dict(), description, {}, dtype)
+    parameters = {name for name, _ in network.named_parameters()}
+    wanted = {n: t.to(getattr(torch, dtype)) if n in parameters else t for n, t in network.state_dict().items()}
+    found = load_file(tmp_path / "m.safetensors")
+    assert found.keys() == wanted.keys()
+    assert all(found[n].dtype == t.dtype and torch.equal(found[n], t) for n, t in wanted.items())
+    with safe_open(tmp_path / "m.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    save_file({n: t.contiguous() for n, t in wanted.items()}, tmp_path / "theirs", metadata)
+    header, theirs = (tensor_bytes(tmp_path / name) for name in ("m.safetensors", "theirs"))
+    assert header == theirs
+
+
+def tensor_bytes(path: Path) -> bytes:
+    content = path.read_bytes()
+    return content[8 + int.from_bytes(content[:8], "little") :]

@@ -1,11 +1,16 @@
 """Labels and scores from Python, and the files that the command writes."""
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -177,6 +182,28 @@ def test_every_mode_of_picture_is_read_as_the_same_rgb(tmp_path: Path, mode: str
     assert (read_rgb(tmp_path / "x.tif") == gray[..., None]).all()
 
 
+@pytest.mark.parametrize("marked", [True, False])
+def test_inks_of_cmyk_jpegs_are_counted_as_adobe_does_with_its_marker_or_without(tmp_path: Path, marked: bool) -> None:
+    inks = np.full((16, 16, 4), (0, 255, 255, 0), np.uint8)  # magenta and yellow: red
+    inks[:, 8:] = (255, 0, 0, 128)
+    path = tmp_path / "x.jpg"
+    Image.fromarray(inks, "CMYK").save(path, quality=100)  # in the file, 255 is no ink
+    content = path.read_bytes()
+    start = content.index(b"\xff\xee")
+    if not marked:
+        path.write_bytes(content[:start] + content[start + 2 + int.from_bytes(content[start + 2 : start + 4], "big") :])
+    found = read_rgb(path).astype(int)
+    assert np.abs(found[:, :7] - (255, 0, 0)).max() <= 4
+    assert np.abs(found[:, 9:] - (0, 127, 127)).max() <= 4
+
+
+@pytest.mark.parametrize("end", [".png", ".tif"])
+def test_sixteen_bits_a_channel_keep_the_upper_eight(tmp_path: Path, end: str) -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (6, 7, 3)).astype(np.uint16)
+    assert cv2.imwrite(str(tmp_path / f"x{end}"), values[..., ::-1])
+    assert np.abs(read_rgb(tmp_path / f"x{end}") - values / 257).max() <= 1
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_images_are_turned_upright_by_their_exif_orientation(tmp_path: Path, orientation: int) -> None:
     upright = pixels(16, 24)
@@ -226,33 +253,134 @@ def written(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_folder_gives_three_files_an_image_at_the_same_place(
+def lines_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """The record's objects by the names of their images."""
+    found = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert len({one["image"] for one in found}) == len(found)
+    return {Path(one["image"]).name: one for one in found}
+
+
+def test_a_folder_gives_two_files_an_image_at_the_same_place_and_a_line_each(
     model: Path, predictor: Predictor, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     run(model, images, "--output", out, "--json", tmp_path / "all.json")
     stems = ("one", "sub/two.a.b")
-    assert written(out) == sorted(f"{stem}{end}" for stem in stems for end in (".png", "_overlay.png", ".json"))
+    assert written(out) == sorted(
+        ["predictions.jsonl", *(f"{s}{end}" for s in stems for end in (".png", "_overlay.png"))]
+    )
     with Image.open(out / "one.png") as labels:
         assert labels.mode == "L"
         found = np.asarray(labels)
     assert (found == predictor.predict(read_rgb(images / "one.jpg"))).all()
     with Image.open(out / "one_overlay.png") as overlay:
         assert overlay.mode == "RGB" and overlay.width >= 60 and overlay.height >= 40
-    figures = json.loads((out / "one.json").read_text())
+    figures = lines_of(out)["one.jpg"]
     assert (figures["width"], figures["height"], figures["model"]) == (60, 40, "tiny.safetensors")
+    assert figures["outputs"] == [str(out / "one.png"), str(out / "one_overlay.png")]
     first = figures["classes"][0]
     assert first["pixels"] == (found == first["label"]).sum() == round(first["share"] * 2400)
     assert first["name"] == DESCRIPTION.classes[first["label"] - 1]
     assert sum(entry["pixels"] for entry in figures["classes"]) == 2400
     summary = json.loads((tmp_path / "all.json").read_text())
-    assert [entry["image"] for entry in summary["images"]] == [
+    assert {entry["image"] for entry in summary["images"]} == {
         str(images / "one.jpg"),
         str(images / "sub" / "two.a.b.PNG"),
-    ]
+    }
     printed = capsys.readouterr()
     assert "2 images labelled on cpu" in printed.out and DESCRIPTION.classes[first["label"] - 1] in printed.out
     assert printed.err == ""
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("*.jpg", ["one"]),
+        ("**/*.PNG", ["sub/two.a.b"]),
+        ("**", ["one", "sub/two.a.b"]),
+        ("s*/t*", ["sub/two.a.b"]),
+        ("[a-z]ub/*", ["sub/two.a.b"]),
+    ],
+)
+def test_a_pattern_keeps_the_folders_after_its_first_wildcard(
+    model: Path, images: Path, tmp_path: Path, pattern: str, names: list[str]
+) -> None:
+    out = tmp_path / "out"
+    run(model, f"{images}/{pattern}", "--output", out)
+    found = [name for name in written(out) if name.endswith("_overlay.png")]
+    assert found == [f"{name}_overlay.png" for name in names]
+
+
+def test_a_file_with_a_wildcard_in_its_name_is_a_file(model: Path, images: Path, tmp_path: Path) -> None:
+    (images / "one.jpg").rename(images / "one[1].jpg")
+    run(model, images / "one[1].jpg", "--output", tmp_path / "out")
+    assert (tmp_path / "out" / "one[1].png").is_file()
+
+
+def test_an_image_that_several_inputs_name_is_labelled_once(model: Path, images: Path, tmp_path: Path) -> None:
+    run(model, images, images / "*.jpg", images / "one.jpg", "--output", tmp_path / "out")
+    assert len(lines_of(tmp_path / "out")) == 2
+
+
+def test_images_of_one_size_are_computed_together_and_labelled_as_one_by_one(
+    predictor: Predictor, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [(40, 56), (33, 20), (40, 56), (40, 56), (33, 20), (8, 8)]
+    photos = [pixels(*size, seed=seed) for seed, size in enumerate(sizes)]
+    for found, photo in zip(predictor.predict_many(photos), photos, strict=True):
+        assert (found == predictor.predict(photo)).all()
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, photo in enumerate(photos):
+        Image.fromarray(photo).save(folder / f"{number}.png")
+    monkeypatch.setattr(command, "TOGETHER", 2 * 40 * 56)
+    several = Predictor.predict_many
+    together = patch.object(Predictor, "predict_many", autospec=True, side_effect=several)
+    with together as predict_many:
+        run(model, folder, "--output", tmp_path / "out", "--precision", "float32")
+    assert sorted(len(call.args[1]) for call in predict_many.call_args_list) == [1, 1, 2, 2]
+    for number, photo in enumerate(photos):
+        assert (np.asarray(Image.open(tmp_path / "out" / f"{number}.png")) == predictor.predict(photo)).all()
+    assert predictor.predict_many([]) == []
+
+
+def test_images_do_not_wait_beyond_a_bound(model: Path, images: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(command, "WAITING", 100)
+    waiting: list[int] = []
+    finish = command.Labelling.finish
+
+    def count(self: Any) -> None:
+        waiting.append(len(self._waiting))
+        finish(self)
+
+    monkeypatch.setattr(command.Labelling, "finish", count)
+    run(model, images, "--output", tmp_path / "out")
+    assert waiting == [1, 1, 0]
+
+
+def test_what_was_labelled_before_a_kill_has_whole_lines(model: Path, images: Path, tmp_path: Path) -> None:
+    for number in range(40):
+        shutil.copy(images / "one.jpg", images / f"more{number:02}.jpg")
+    out = tmp_path / "out"
+    code = (
+        "import os, signal, sys\n"
+        "from fcn_dist.commands import predict\n"
+        "write, seen = predict.write_png, []\n"
+        "def killing(path, picture):\n"
+        "    write(path, picture)\n"
+        "    seen.append(path)\n"
+        "    if len(seen) == 30: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "predict.write_png = killing\n"
+        "predict.main(sys.argv[1:])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(model), str(images), "--output", str(out), "--device", "cpu"], check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    lines = lines_of(out)
+    assert len(lines) == 29
+    for figures in lines.values():
+        assert all(Path(path).is_file() for path in figures["outputs"])
 
 
 def test_outputs_that_exist_are_refused_unless_told_to_overwrite(model: Path, images: Path, tmp_path: Path) -> None:
@@ -265,7 +393,7 @@ def test_outputs_that_exist_are_refused_unless_told_to_overwrite(model: Path, im
 def test_outputs_within_the_folder_of_images_are_not_labelled_themselves(model: Path, images: Path) -> None:
     run(model, images, "--output", images / "out")
     run(model, images, "--output", images / "out", "--overwrite")
-    assert len(written(images / "out")) == 6
+    assert len(written(images / "out")) == 5
 
 
 def test_an_output_folder_around_the_images_hides_none(model: Path, images: Path) -> None:
@@ -307,11 +435,14 @@ def test_an_image_that_does_not_decode_is_named_and_the_others_are_done(
     assert "error: 2 of 4 images were not labelled" in printed.err
     assert "broken.jpg cannot be decoded" in printed.err and "text.png cannot be decoded" in printed.err
     assert "2 images labelled" in printed.out
-    assert len(written(out)) == 6
+    assert len(written(out)) == 5
+    lines = lines_of(out)
+    assert len(lines) == 4 and "cannot be decoded" in lines["broken.jpg"]["error"] and "classes" in lines["one.jpg"]
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("none.jpg", "no image or folder"), ("empty", "holds no images"), ("f", "is a file")]
+    ("name", "message"),
+    [("none.jpg", "no image or folder"), ("empty", "holds no images"), ("f", "is a file"), ("*.gif", "matches no")],
 )
 def test_wrong_inputs_are_refused(model: Path, images: Path, tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "empty").mkdir()

@@ -36,7 +36,7 @@ ROOMS = {
     "scoring": room("data model", "torch numpy"),
     "checkpoints": room("model", "torch safetensors numpy"),
     "training": room("data model scoring checkpoints", "deepspeed torch safetensors numpy tensorboard"),
-    "deploy": room("data model scoring checkpoints training", "torch safetensors numpy cv2 PIL onnx"),
+    "deploy": room("data model scoring checkpoints training", "torch safetensors numpy cv2 PIL onnx onnxruntime"),
     "reporting": room("data scoring checkpoints training deploy", "numpy cv2 PIL matplotlib tensorboard"),
     "launching": room("", ""),
     "commands": room("data model scoring checkpoints training deploy reporting launching", "torch numpy cv2 PIL"),
@@ -52,7 +52,9 @@ ALSO = {
 ONLY = {
     "fcn_dist.deploy.predict": room("model", "torch numpy safetensors cv2 PIL"),
     "fcn_dist.deploy.modelfile": room("model", "torch numpy safetensors"),
+    "fcn_dist.deploy.modelurl": room("", "fsspec"),
     "fcn_dist.deploy.pictures": room("", "numpy cv2 PIL"),
+    "fcn_dist.deploy.naming": room("", "numpy cv2 PIL"),
     "fcn_dist.deploy.lettering": room("", "numpy PIL"),
 }
 

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def consolidated(folder: Path) -> Consolidated:
         return consolidate(folder, DESCRIPTION.build(), "trained")
 
 
-def assert_same_weights(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+def assert_same_weights(found: Mapping[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert sorted(found) == sorted(wanted)
     for name, tensor in wanted.items():
         assert found[name].dtype == torch.float32
@@ -104,7 +104,7 @@ def test_every_stage_and_precision_gives_the_engines_masters_and_scores(world_si
             assert_deepspeed_agrees(deepspeed_files(tmp_path / case), weights.state)
 
 
-def assert_deepspeed_agrees(folder: Path, state: dict[str, Tensor]) -> None:
+def assert_deepspeed_agrees(folder: Path, state: Mapping[str, Tensor]) -> None:
     """DeepSpeed's own converter, where it works: stages 1 (but for frozen parameters), 2 and 3."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

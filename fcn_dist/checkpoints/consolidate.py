@@ -1,9 +1,12 @@
 """A folder of DeepSpeed's checkpoint files in, one float32 state dict out: ZeRO stages 0 to 3, any number of ranks.
 
-Frozen parameters have no masters, so that under bf16 and fp16 their weights come out rounded.
+The folder may be one that DeepSpeed's ds_to_universal made.
+
+Frozen parameters have no masters, so that under bf16 and fp16 their weights come out rounded. Tensors are joined when
+they are asked for: whoever goes through them one by one holds one at a time.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -12,20 +15,39 @@ import torch
 from torch import Tensor
 
 from fcn_dist.checkpoints.savedfiles import SavedFiles, of_deepspeeds_form, open_files
-from fcn_dist.checkpoints.trainingstate import AVERAGE_KEY, Trained, training_state
+from fcn_dist.checkpoints.trainingstate import AVERAGE_KEY, SplitTensor, Trained, training_state
+from fcn_dist.checkpoints.universal import is_universal, read_universal
 from fcn_dist.errors import UserError, named
 from fcn_dist.model.auxiliary import PREFIX, head_shapes
 from fcn_dist.model.fcn import FCN
 
 Weights = Literal["trained", "averaged"]
 WEIGHTS = get_args(Weights)
+COMPARED = 1 << 22  # elements at once, few enough to stay in a processor's cache
+
+
+class Joined(Mapping[str, Tensor]):
+    """A state dict whose tensors are put together anew each time, floating ones in float32."""
+
+    def __init__(self, tensors: Mapping[str, SplitTensor]) -> None:
+        self._tensors = dict(tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._tensors[name].joined()
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 @dataclass(frozen=True)
 class Consolidated:
     """All weights of a checkpoint, and where they came from."""
 
-    state: dict[str, Tensor]  # parameters and floating buffers in float32
+    state: Joined  # parameters and floating buffers in float32
     weights: Weights
     stage: int
     world_size: int
@@ -41,55 +63,64 @@ def consolidate(folder: Path, model: FCN, weights: Weights | None = None) -> Con
     Raises UserError unless every parameter and buffer is there, whole, in its shape, and nothing else is, of heads
     likewise if there are any.
     """
-    files = open_files(folder)
+    if is_universal(folder):
+        files, found = read_universal(folder)
+    else:
+        files = open_files(folder)
+        with of_deepspeeds_form(folder):
+            found = training_state(files)
     with of_deepspeeds_form(folder):
-        found = training_state(files)
-        masters = {name: trained.master.joined() for name, trained in found.trained.items()}
+        masters = {name: trained.master for name, trained in found.trained.items()}
         if files.stage < 3:
             _check_agreement(masters, files)
         chosen = weights or ("averaged" if _has_averages(found.trained) else "trained")
         if chosen == "averaged":
             masters = _averages(found.trained, folder)
-        state = {**{name: weight.joined() for name, weight in found.frozen.items()}, **masters, **found.buffers}
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        heads = head_shapes(model) if any(name.startswith(PREFIX) for name in state) else {}
-        _check_complete(state, {**shapes, **heads}, folder)
-        for name in heads:
-            del state[name]
-        parameters = [name for name, _ in model.named_parameters()]
-        return Consolidated(
-            {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()},
-            chosen,
-            files.stage,
-            files.world_size,
-            files.deepspeed_version,
-            tuple(name for name in parameters if state[name].dtype in (torch.bfloat16, torch.float16)),
-            tuple(heads),
-        )
+        buffers = {
+            name: SplitTensor(tuple(buffer.shape), (buffer.reshape(-1),)) for name, buffer in found.buffers.items()
+        }
+        return _complete({**found.frozen, **masters, **buffers}, model, chosen, files)
+
+
+def _complete(state: dict[str, SplitTensor], model: FCN, weights: Weights, files: SavedFiles) -> Consolidated:
+    """Exactly the model's tensors, after those of heads were left out."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    heads = head_shapes(model) if any(name.startswith(PREFIX) for name in state) else {}
+    _check_complete(state, {**shapes, **heads}, files.folder)
+    for name in heads:
+        del state[name]
+    parameters = [name for name, _ in model.named_parameters()]
+    return Consolidated(
+        Joined(state),
+        weights,
+        files.stage,
+        files.world_size,
+        files.deepspeed_version,
+        tuple(name for name in parameters if state[name].dtype in (torch.bfloat16, torch.float16)),
+        tuple(heads),
+    )
 
 
 def _has_averages(trained: Mapping[str, Trained]) -> bool:
     return any(AVERAGE_KEY in one.tensors for one in trained.values())
 
 
-def _averages(trained: Mapping[str, Trained], folder: Path) -> dict[str, Tensor]:
+def _averages(trained: Mapping[str, Trained], folder: Path) -> dict[str, SplitTensor]:
     if not _has_averages(trained):
         raise UserError(
-            f"{folder} holds no averaged weights; a run with train.ema is needed for those; take its trained ones, or "
-            "a step after train.ema was set"
+            f"{folder} holds no averaged weights; a run with train.ema is needed for those, and ds_to_universal leaves "
+            "them out; take the trained ones, or a step after train.ema was set"
         )
-    return {name: one.tensors[AVERAGE_KEY].joined() for name, one in trained.items()}
+    return {name: one.tensors[AVERAGE_KEY] for name, one in trained.items()}
 
 
-def _check_agreement(masters: Mapping[str, Tensor], files: SavedFiles) -> None:
+def _check_agreement(masters: Mapping[str, SplitTensor], files: SavedFiles) -> None:
     """Up to stage 2 the module is there as well: its weights are the masters rounded, to the bit."""
     weights = files.modules[0]["module"]
     differing = [
         name
         for name, master in masters.items()
-        if name in weights
-        and master.shape == weights[name].shape
-        and not torch.allclose(master.to(weights[name].dtype), weights[name], rtol=0, atol=0, equal_nan=True)
+        if name in weights and master.shape == tuple(weights[name].shape) and not _is_rounded(weights[name], master)
     ]
     if differing:
         raise UserError(
@@ -98,13 +129,29 @@ def _check_agreement(masters: Mapping[str, Tensor], files: SavedFiles) -> None:
         )
 
 
-def _check_complete(state: Mapping[str, Tensor], needed: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+def _is_rounded(weight: Tensor, master: SplitTensor) -> bool:
+    begin, flat = 0, weight.reshape(-1)
+    for part in master.parts:
+        for first, rounded in zip(_runs(part), _runs(flat[begin : begin + part.numel()]), strict=True):
+            same = first.to(weight.dtype)
+            # No number is equal to itself, and where training has diverged it is another error.
+            if not torch.equal(same, rounded) and not torch.allclose(same, rounded, rtol=0, atol=0, equal_nan=True):
+                return False
+        begin += part.numel()
+    return True
+
+
+def _runs(flat: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(flat, COMPARED)
+
+
+def _check_complete(state: Mapping[str, SplitTensor], needed: Mapping[str, tuple[int, ...]], folder: Path) -> None:
     problems = [f"{name} is missing" for name in needed if name not in state]
     problems += [f"{name} is not part of the model" for name in state if name not in needed]
     problems += [
-        f"{name} is {tuple(state[name].shape)}, not {shape}"
+        f"{name} is {state[name].shape}, not {shape}"
         for name, shape in needed.items()
-        if name in state and tuple(state[name].shape) != shape
+        if name in state and state[name].shape != shape
     ]
     if problems:
         raise UserError(f"{folder} does not fit the model its manifest describes: {named(problems)}")

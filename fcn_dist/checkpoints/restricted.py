@@ -44,6 +44,14 @@ def load_restricted(path: Path) -> dict[str, Any]:
 
     Raises UserError if the file is none of torch.save's, or names anything but tensors and the stand-ins.
     """
+    content = load_content(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}; a dictionary as DeepSpeed saves it is needed")
+    return content
+
+
+def load_content(path: Path) -> Any:
+    """As `load_restricted`, but whatever was saved."""
     with torch.serialization.safe_globals(STAND_INS):
         try:
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -52,13 +60,10 @@ def load_restricted(path: Path) -> dict[str, Any]:
                     f"{path} carries {named(sorted(foreign))}, which could run code when it is read; a DeepSpeed "
                     "checkpoint holds tensors and plain values; restore the file from a copy you trust"
                 )
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except (RuntimeError, ValueError, TypeError, KeyError, EOFError, OSError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
                 f"{path} cannot be read ({reason}); a file as DeepSpeed saved it is needed; restore it from a copy, "
                 "or use another step"
             ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}; a dictionary as DeepSpeed saves it is needed")
-    return content

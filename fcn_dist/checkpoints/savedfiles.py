@@ -37,7 +37,7 @@ class SavedFiles:
 
 def open_files(folder: Path) -> SavedFiles:
     """Map all files. Raises UserError if some are missing or cannot be read."""
-    model_files, optimizer_files = _find(folder)
+    model_files, optimizer_files = find_files(folder)
     modules = [load_restricted(path) for path in model_files]
     contents = [load_restricted(path) for path in optimizer_files]
     with of_deepspeeds_form(folder):
@@ -59,7 +59,7 @@ def of_deepspeeds_form(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _find(folder: Path) -> tuple[list[Path], list[Path]]:
+def find_files(folder: Path) -> tuple[list[Path], list[Path]]:
     """Model files and optimizer files, each in the order of their ranks."""
     found: dict[str, dict[int, Path]] = {"model": {}, "optim": {}}
     for path in folder.glob("*.pt"):

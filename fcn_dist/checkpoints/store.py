@@ -110,6 +110,23 @@ def open_checkpoint(run_dir: Path, step: int | None = None) -> tuple[Checkpoint,
     raise UserError(f"{run_dir} has no whole checkpoint ({reasons}); restore one from a copy")
 
 
+def open_described(folder: Path, name: str) -> Checkpoint:
+    """The checkpoint in `folder` of which only the manifest and the file `name` are needed, and compared.
+
+    Raises UserError if they are not there, or not as they were written.
+    """
+    try:
+        manifest = _read_manifest(folder)
+        if problem := _problem(folder, name, manifest["files"][name]):
+            raise ValueError(problem)
+        return Checkpoint(folder, CheckpointState(**manifest["state"]))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder} is no checkpoint whose {MANIFEST_NAME} and {name} can be read ({error}); those that were saved "
+            "with it are needed; restore them from a copy"
+        ) from error
+
+
 def manifest_text(state: CheckpointState, files: Mapping[str, Mapping[str, Any]]) -> str:
     """What stands in manifest.json: `files` has size and SHA-256 by the path within the checkpoint."""
     # Through JSON first, so that the digest is of what a reader will find: a tuple is then a list.

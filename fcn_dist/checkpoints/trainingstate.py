@@ -45,8 +45,8 @@ class SplitTensor:
             begin += part.numel()
 
     def joined(self) -> Tensor:
-        """The whole, in its shape."""
-        return torch.cat(self.parts).view(self.shape)
+        """The whole, in its shape: a view of its part if it has but one."""
+        return (self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)).view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def training_state(files: SavedFiles) -> TrainingState:
                 parts.add(piece, holding.state[key], holding.rank)
     return TrainingState(
         {name: Trained(masters.of(name), {key: parts.of(name) for key, parts in tensors.items()}) for name in shapes},
-        _frozen(files, shapes),
+        frozen_weights(files, shapes),
         {name: files.modules[0]["module"][name] for name in files.modules[0]["buffer_names"]},
         _scalars(files.folder, held),
         _loss_scale(files),
@@ -161,7 +161,7 @@ def _scalars(folder: Path, held: Sequence[Holding]) -> dict[str, float]:
     return {key: values.pop() for key, values in found.items()}
 
 
-def _frozen(files: SavedFiles, trained: Iterable[str]) -> dict[str, SplitTensor]:
+def frozen_weights(files: SavedFiles, trained: Iterable[str]) -> dict[str, SplitTensor]:
     """Parameters without masters: in the module up to stage 2, and cut like the others in stage 3."""
     first = files.modules[0]
     if files.stage < 3:

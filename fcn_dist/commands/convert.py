@@ -4,18 +4,31 @@ import argparse
 import json
 from pathlib import Path
 
+from rich.table import Table
+
 from fcn_dist.checkpoints.consolidate import WEIGHTS
 from fcn_dist.console import console
 from fcn_dist.data.scenes.class_info import read_names
 from fcn_dist.deploy import pytorch_fcn
+from fcn_dist.deploy.card import card_lines
 from fcn_dist.deploy.convert import DTYPES, Conversion, convert
+from fcn_dist.deploy.export import FORMS, SIZES, export
+from fcn_dist.deploy.modelfile import read_model_file
+from fcn_dist.deploy.pictures import short_name
+from fcn_dist.deploy.proof import Agreement
 from fcn_dist.errors import UserError, named
 from fcn_dist.files import write_text
 
 
 def main(argv: list[str]) -> None:
     """Convert as the arguments say, and print what the new file was compared with."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.show:
+        _show(options.run)
+        return
+    if options.out is None:
+        parser.error("a file to write is needed")
     if options.origin:
         _convert_weights(options)
         return
@@ -23,6 +36,9 @@ def main(argv: list[str]) -> None:
         raise UserError(
             "--classes and --at-once describe weights given with --from; a run knows its own; leave them out"
         )
+    if options.to != "safetensors":
+        _export(options)
+        return
     conversion = convert(
         options.run,
         options.out,
@@ -39,17 +55,75 @@ def main(argv: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("convert", description="Turn a run's checkpoint into one model file.")
     add = parser.add_argument
-    add("run", type=Path, help="run folder, as launch/train.py wrote it with --output; with --from, a file")
-    add("out", type=Path, help="model file to write, such as model.safetensors")
+    add(
+        "run",
+        type=Path,
+        help="run folder, as launch/train.py wrote it; or a step's universal checkpoint; with --from, a file",
+    )
+    add("out", type=Path, nargs="?", help="model file to write, such as model.safetensors")
     add("--step", type=int, metavar="N", help="checkpoint to convert (default: the newest whole one)")
     add("--weights", choices=WEIGHTS, help="which (default: averaged where there are any, see train.ema)")
     add("--dtype", choices=DTYPES, default="float32", help="of the stored weights (default: %(default)s)")
+    add("--show", action="store_true", help="print what a model file, given in place of a run, says of itself")
+    add("--to", choices=("safetensors", *FORMS), default="safetensors", help="what to write (default: a model file)")
     add("--overwrite", action="store_true", help="replace a model file that is there already")
     add("--from", dest="origin", choices=("pytorch-fcn",), help="convert a .pth state dict of that system")
     add("--classes", type=Path, metavar="FILE", help="its classes: objectInfo150.txt, or a name a line")
     add("--at-once", action="store_true", help="it is the at-once form, FCN8sAtOnce")
     add("--json", type=Path, metavar="PATH", help="also write these figures to a JSON file")
     return parser
+
+
+def _show(path: Path) -> None:
+    """What a model file says."""
+    model, info = read_model_file(path)
+    description, config = info.description, info.description.config
+    table = Table(show_header=False, box=None)
+    form = f"{config.variant} on {config.backbone}, geometry {config.geometry}{', at once' if config.at_once else ''}"
+    numbers = sum(tensor.numel() for tensor in model.state_dict().values())
+    rows = [
+        ("network", form),
+        ("weights", f"{numbers:,} in {info.dtype}, {path.stat().st_size / 1e6:,.1f} MB"),
+        (
+            "pixels",
+            f"{description.preprocessing.channel_order}, minus {description.preprocessing.mean}, "
+            f"over {description.preprocessing.std}",
+        ),
+        ("classes", ", ".join(short_name(name) for name in description.classes)),
+        ("outputs", f"{model.num_outputs}: labels {0 if description.score_other else 1} to {len(description.classes)}"),
+        *(card_lines(info.source["card"]) if "card" in info.source else []),
+        *((key, str(value)) for key, value in info.source.items() if key not in ("card", "scores")),
+    ]
+    for name, text in rows:
+        table.add_row(name, text)
+    console.print(table)
+
+
+def _export(options: argparse.Namespace) -> None:
+    """A graph for another runtime."""
+    if options.dtype != "float32":
+        raise UserError(f"--dtype {options.dtype} is of model files; --to {options.to} writes float32; leave it out")
+    exported = export(
+        options.run, options.out, options.to, step=options.step, weights=options.weights, overwrite=options.overwrite
+    )
+    conversion, network = exported.conversion, exported.network
+    _print_checkpoint(conversion)
+    _print_agreement(exported.probe)
+    console.print(
+        f"            {network.scores:,} scores and {exported.labels:,} labels of images of {len(SIZES)} sizes against "
+        f"the network's own: largest difference {network.difference:.2g}, {network.tolerance:.2g} allowed"
+    )
+    _print_file(exported.path, conversion.parameters, "float32")
+    if options.json:
+        figures = _as_dict(conversion, "float32") | {
+            "model": str(exported.path),
+            "form": exported.form,
+            "difference": exported.probe.difference,
+            "tolerance": exported.probe.tolerance,
+            "network_difference": network.difference,
+            "network_tolerance": network.tolerance,
+        }
+        write_text(options.json, json.dumps(figures, indent=1) + "\n")
 
 
 def _convert_weights(options: argparse.Namespace) -> None:
@@ -59,6 +133,8 @@ def _convert_weights(options: argparse.Namespace) -> None:
     for name in ("step", "weights", "json"):
         if getattr(options, name) is not None:
             raise UserError(f"--{name} is about a run; --from {options.origin} takes a file; leave it out")
+    if options.to != "safetensors":
+        raise UserError(f"--to {options.to} is about a run; --from {options.origin} writes model files; leave it out")
     converted = pytorch_fcn.convert(
         options.run,
         options.out,
@@ -84,7 +160,13 @@ def _print_file(path: Path, parameters: int, dtype: str) -> None:
 
 
 def _print_summary(conversion: Conversion, dtype: str) -> None:
-    state, agreement = conversion.checkpoint.state, conversion.agreement
+    _print_checkpoint(conversion)
+    _print_agreement(conversion.agreement)
+    _print_file(conversion.path, conversion.parameters, dtype)
+
+
+def _print_checkpoint(conversion: Conversion) -> None:
+    state = conversion.checkpoint.state
     for damage in conversion.passed_over:
         console.print(f"passed over {damage.dir}: {damage.reason}")
     console.print(
@@ -98,12 +180,14 @@ def _print_summary(conversion: Conversion, dtype: str) -> None:
         )
     if conversion.left_out:
         console.print(f"left out    {named(list(conversion.left_out))}, which are in training alone")
+
+
+def _print_agreement(agreement: Agreement) -> None:
     console.print(
         f"checked     {agreement.scores:,} scores of the probe image against the training engine's, in "
         f"{agreement.arithmetic}: largest difference {agreement.difference:.2g} of the largest score, "
         f"{agreement.tolerance:.2g} allowed"
     )
-    _print_file(conversion.path, conversion.parameters, dtype)
 
 
 def _as_dict(conversion: Conversion, dtype: str) -> dict[str, object]:

@@ -24,14 +24,19 @@ COMMANDS = {
     "report": "write a page about a run, or several side by side",
 }
 
+# Packages that a command may miss, by the extra of setup.cfg that brings them.
+EXTRAS = {
+    "train": {"deepspeed", "webdataset", "scipy"},
+    "onnx": {"onnx", "onnxscript", "onnxruntime"},
+}
+
 # The script launch/train.py is always a rank; the command starts as many as are asked for.
 FRONTS = {"train": "supervise"}
 
 
 def run_script(name: str, argv: Sequence[str] | None = None) -> int:
     """Run command `name` with the given arguments (those of the process if None); returns its exit code."""
-    module = import_module(f"fcn_dist.commands.{name}")
-    return _run(lambda: module.main(sys.argv[1:] if argv is None else list(argv)))
+    return _run(lambda: import_module(f"fcn_dist.commands.{name}").main(sys.argv[1:] if argv is None else list(argv)))
 
 
 def main() -> int:
@@ -53,13 +58,27 @@ def main() -> int:
 def _run(command: Callable[[], None]) -> int:
     code = 1  # of a bug, whose traceback Python prints
     try:
-        code = run_command(command)
+        code = run_command(lambda: _with_extras(command))
     except SystemExit as end:  # of the parser
         code = end.code if isinstance(end.code, int) else 1
         raise
     finally:
         leave_outcome(code)
     return code
+
+
+def _with_extras(command: Callable[[], None]) -> None:
+    """A command that needs more than inference does says which extra has it."""
+    try:
+        command()
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
+        if not extra:
+            raise
+        raise UserError(
+            f"this command needs {package}, which is not installed; install the extra: pip install 'fcn-dist[{extra}]'"
+        ) from error
 
 
 def _dispatch(arguments: list[str]) -> None:

@@ -2,9 +2,11 @@
 
 import argparse
 import json
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from rich.table import Table
 
 from fcn_dist.commands.views import add_views, views_of
 from fcn_dist.console import console
-from fcn_dist.deploy.imagefiles import SUFFIXES, Job, plan, read_rgb
+from fcn_dist.deploy.imagefiles import RECORD_NAME, Job, plan, read_rgb
 from fcn_dist.deploy.pictures import distinct, picture_with_legend, short_name, write_png
 from fcn_dist.deploy.predict import AUTO, PRECISIONS, Predictor
 from fcn_dist.errors import UserError, named
@@ -23,14 +25,96 @@ from fcn_dist.model.devices import keep_freed_memory
 from fcn_dist.progress import count_progress
 
 SHOWN_CLASSES = 10
+# Pixels of the images that are computed together. Small ones are faster together; from some 300x300 on, one image
+# keeps all cores of a CPU busy by itself. A network at full width needs about 700 bytes a pixel.
+TOGETHER = 512 * 512
+
+WAITING = 8_000_000  # pixels of images that are read and wait for others of their size
+
+Record = dict[str, Any]
+Read = tuple[Job, NDArray[np.uint8]]  # an image and its pixels
 
 
 @dataclass
 class Outcome:
     """What came of all images."""
 
-    figures: list[dict[str, Any]]  # one an image
-    failures: dict[str, str]  # image -> why
+    figures: list[Record] = field(default_factory=list)  # one an image
+    failures: dict[str, str] = field(default_factory=dict)  # image -> why
+
+
+class Labelling:
+    """Labels images as they come, and writes what came of each; those of one size wait for each other, for a while."""
+
+    def __init__(self, predictor: Predictor, record: BinaryIO) -> None:
+        self.outcome = Outcome()
+        self._predictor, self._record = predictor, record
+        self._colours = distinct(predictor.colours)
+        self._waiting: dict[tuple[int, ...], list[Read]] = {}  # by size
+
+    def add(self, job: Job) -> None:
+        """Read an image; one that cannot be read does not stop the others."""
+        try:
+            image = read_rgb(job.image)
+        except UserError as error:
+            self._failed(job, str(error))
+            return
+        together = self._waiting.setdefault(image.shape, [])
+        together.append((job, image))
+        if (len(together) + 1) * image[..., 0].size > TOGETHER:
+            self._label(self._waiting.pop(image.shape))
+        if sum(len(images) * math.prod(shape[:2]) for shape, images in self._waiting.items()) > WAITING:
+            self.finish()
+
+    def finish(self) -> None:
+        """Label those that wait."""
+        while self._waiting:
+            self._label(self._waiting.popitem()[1])
+
+    def _label(self, together: list[Read]) -> None:
+        images = [image for _, image in together]
+        found: Sequence[tuple[NDArray[np.uint8], NDArray[np.float32] | None]]
+        try:
+            if together[0][0].confidence:
+                found = [self._predictor.predict_with_confidence(image) for image in images]
+            else:
+                found = [(labels, None) for labels in self._predictor.predict_many(images)]
+        except torch.OutOfMemoryError:
+            for job, _ in together:
+                reason = f"{job.image} does not fit the memory of {self._predictor.device}"
+                self._failed(job, f"{reason}; give --window, shrink it, or take --device cpu")
+            return
+        for (job, image), (labels, confidence) in zip(together, found, strict=True):
+            self._write(job, image, labels, confidence)
+
+    def _write(
+        self, job: Job, image: NDArray[np.uint8], labels: NDArray[np.uint8], confidence: NDArray[np.float32] | None
+    ) -> None:
+        """The outputs of one image; its line is last, so that who finds it has all."""
+        predictor = self._predictor
+        job.labels.parent.mkdir(parents=True, exist_ok=True)
+        _write_gray(job.labels, labels)
+        if job.confidence and confidence is not None:
+            _write_gray(job.confidence, np.rint(255 * confidence).astype(np.uint8))
+        write_png(job.overlay, picture_with_legend(image, labels, predictor.classes, self._colours))
+        figures = {
+            "image": str(job.image),
+            "width": image.shape[1],
+            "height": image.shape[0],
+            "model": predictor.info.path.name,
+            "outputs": [str(path) for path in job.outputs],
+            "classes": _classes_found(labels, predictor.classes),
+        }
+        self.outcome.figures.append(figures)
+        self._append(figures)
+
+    def _failed(self, job: Job, reason: str) -> None:
+        self.outcome.failures[str(job.image)] = reason
+        self._append({"image": str(job.image), "error": reason})
+
+    def _append(self, figures: Record) -> None:
+        # In one call to the system: whoever is killed has written a line or none of it.
+        self._record.write((json.dumps(figures) + "\n").encode())
 
 
 def main(argv: list[str]) -> None:
@@ -38,12 +122,19 @@ def main(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     keep_freed_memory()
     jobs = plan(options.inputs, options.output, options.overwrite, options.confidence)
-    predictor = Predictor.from_file(options.model, options.device, options.precision, views_of(options))
-    outcome = _label_all(jobs, predictor)
+    views = views_of(options)
+    predictor = Predictor.from_file(options.model, options.device, options.precision, views, options.sha256)
+    options.output.mkdir(parents=True, exist_ok=True)
+    with (options.output / RECORD_NAME).open("wb", buffering=0) as record, count_progress() as progress:
+        labelling = Labelling(predictor, record)
+        for job in progress.track(jobs, description="labelling"):
+            labelling.add(job)
+        labelling.finish()
+    outcome = labelling.outcome
     _print_summary(outcome, predictor, options.output)
     if options.json:
         summary = {
-            "model": str(options.model),
+            "model": predictor.info.path.name,
             "source": predictor.info.source,
             "device": str(predictor.device),
             "precision": predictor.precision,
@@ -59,15 +150,19 @@ def main(argv: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "predict",
-        description="Label images with a model file. Writes for each image NAME.png (labels, 8-bit gray), "
-        "NAME_overlay.png (for people) and NAME.json (which classes, how many pixels).",
+        description="Label images with a model file. Writes for each image NAME.png (labels, 8-bit gray) and "
+        f"NAME_overlay.png (for people), and one {RECORD_NAME} with a line an image: classes and pixels, or why not.",
     )
     add = parser.add_argument
-    add("model", type=Path, help="model file, as launch/convert.py wrote it")
-    add("inputs", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER", help=f"in folders: {' '.join(SUFFIXES)}")
+    add(
+        "model",
+        help="model file, as launch/convert.py wrote it, or its https://, s3:// or gs:// address with #sha256=...",
+    )
+    add("inputs", nargs="+", metavar="IMAGE_FOLDER_OR_PATTERN", help="patterns in quotes, such as 'photos/**/*.jpg'")
     add("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
     add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add("--precision", choices=PRECISIONS, default=AUTO, help="default: bfloat16 where the device multiplies it")
+    add("--sha256", metavar="HASH", help="that the model file must have; an address needs it")
     add("--confidence", action="store_true", help="also NAME_confidence.png: each label's probability, 255 for 1")
     add("--overwrite", action="store_true", help="replace outputs that are there already")
     add("--json", type=Path, metavar="PATH", help="also write the figures of all images to one file")
@@ -75,48 +170,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _label_all(jobs: list[Job], predictor: Predictor) -> Outcome:
-    """Every image is tried; one that cannot be read does not stop the others."""
-    outcome = Outcome([], {})
-    colours = distinct(predictor.colours)
-    with count_progress() as progress:
-        for job in progress.track(jobs, description="labelling"):
-            try:
-                outcome.figures.append(_label(job, predictor, colours))
-            except UserError as error:
-                outcome.failures[str(job.image)] = str(error)
-            except torch.OutOfMemoryError:
-                outcome.failures[str(job.image)] = (
-                    f"{job.image} does not fit the memory of {predictor.device}; shrink it, or take --device cpu"
-                )
-    return outcome
-
-
-def _label(job: Job, predictor: Predictor, colours: tuple[tuple[int, int, int], ...]) -> dict[str, Any]:
-    """Write the outputs of one image; the figures are last, so that who finds them has all."""
-    image = read_rgb(job.image)
-    if job.confidence:
-        labels, confidence = predictor.predict_with_confidence(image)
-    else:
-        labels = predictor.predict(image)
-    figures = {
-        "image": str(job.image),
-        "width": image.shape[1],
-        "height": image.shape[0],
-        "model": predictor.info.path.name,
-        "labels": job.labels.name,
-        "overlay": job.overlay.name,
-        "classes": _classes_found(labels, predictor.classes),
-    }
-    job.labels.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(job.labels) as partial:
-        Image.fromarray(labels).save(partial, format="PNG")
-    if job.confidence:
-        with replacing(job.confidence) as partial:
-            Image.fromarray(np.rint(255 * confidence).astype(np.uint8)).save(partial, format="PNG")
-    write_png(job.overlay, picture_with_legend(image, labels, predictor.classes, colours))
-    write_text(job.figures, json.dumps(figures, indent=1) + "\n")
-    return figures
+def _write_gray(path: Path, values: NDArray[np.uint8]) -> None:
+    with replacing(path) as partial:
+        Image.fromarray(values).save(partial, format="PNG")
 
 
 def _classes_found(labels: NDArray[np.uint8], classes: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -1,13 +1,12 @@
 """A run's checkpoint in, one model file out: proven by the scores that the training engine itself recorded."""
 
-from collections.abc import Mapping, Set
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import fcn_dist
@@ -17,32 +16,20 @@ from fcn_dist.checkpoints.store import (
     PROBE_NAME,
     PROBE_SCORES,
     Checkpoint,
-    CheckpointState,
     Damage,
     open_checkpoint,
+    open_described,
 )
-from fcn_dist.deploy.modelfile import check_new, read_model_file, write_model_file
+from fcn_dist.checkpoints.universal import is_universal
+from fcn_dist.deploy.card import model_card
+from fcn_dist.deploy.modelfile import check_new, write_model_file
+from fcn_dist.deploy.proof import Agreement, compare, open_probe
 from fcn_dist.errors import UserError, named
-from fcn_dist.files import replacing
+from fcn_dist.files import replacing, sync
 from fcn_dist.model.description import ModelDescription
 from fcn_dist.model.fcn import torch_dtype
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Largest difference of any score, as a share of the largest score, by the coarsest arithmetic on either side. Weights
-# and code are the same there, so what is left is the order of additions and the rounding after each of some twenty
-# layers. Seen on a CPU: nothing between runs; against float64 2e-6 in float32, 1e-3 in float16, 1e-2 in bfloat16. Two
-# kinds of device err independently, hence twice to four times that. TF32 has the mantissa of float16.
-TOLERANCES = {"float32": 1e-4, "tf32": 4e-3, "float16": 4e-3, "bfloat16": 3e-2}
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How the written file's scores compare with those the engine recorded."""
-
-    arithmetic: str  # what the comparison ran in, such as "bfloat16 on cpu"
-    scores: int
-    difference: float  # largest, as a share of the largest score
-    tolerance: float
 
 
 @dataclass(frozen=True)
@@ -70,6 +57,8 @@ def convert(
 ) -> Conversion:
     """Write the model file of a run's newest whole checkpoint, or that of `step`, its weights stored as `dtype`.
 
+    `run` may also be a universal checkpoint, as DeepSpeed's ds_to_universal made it of such a checkpoint, in whose own
+    folder it lies: what was recorded there describes it and proves it.
     The weights are the averaged ones where the checkpoint has any, unless `weights` says which. Running statistics of
     batch normalisation, small and of a wide range, are stored in float32 in any case.
     The file appears only after it was read back and gave the scores that were recorded with these weights. Raises
@@ -79,26 +68,51 @@ def convert(
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; one of {', '.join(DTYPES)} is needed")
     check_new(out, overwrite)
-    checkpoint, passed_over = open_checkpoint(Path(run), step)
+    checkpoint, files, passed_over = _open(Path(run), step)
     description = _description(checkpoint)
     with torch.device("meta"):
         model = description.build()
-    found = consolidate(checkpoint.dir / DEEPSPEED_TAG, model, weights)
+    found = consolidate(files, model, weights)
+    if weights is None and is_universal(files):
+        _check_averages(checkpoint, files)
     _check_manifest(checkpoint, found)
-    state = _stored(found.state, {name for name, _ in model.named_parameters()}, dtype, checkpoint)
+    state = _Finite(found.state, torch_dtype(dtype))
     with replacing(out) as partial:
-        write_model_file(partial, state, description, _source(Path(run), checkpoint.state, found, dtype))
-        agreement = _compare(partial, checkpoint, found.weights, dtype)
+        source = _source(checkpoint, found, dtype)
+        write_model_file(partial, state, description, source, dtype, flush=False)
+        state.check(checkpoint, dtype)
+        with ThreadPoolExecutor(1) as flushing:  # the disk has time while the processor computes
+            flushing.submit(sync, partial)
+            agreement = compare(partial, checkpoint, found.weights, dtype)
         if not agreement.difference <= agreement.tolerance:  # not a number fails, too
             raise UserError(
                 f"the model converted from {checkpoint.dir} does not give the scores that the training engine "
                 f"recorded: they differ by {agreement.difference:.2g} of the largest score in {agreement.arithmetic}, "
                 f"and at most {agreement.tolerance:.2g} is rounding; nothing was written; convert another --step"
             )
-    parameters = sum(tensor.numel() for tensor in state.values())
     return Conversion(
-        out, checkpoint, found.weights, tuple(passed_over), found.rounded, found.left_out, parameters, agreement
+        out, checkpoint, found.weights, tuple(passed_over), found.rounded, found.left_out, state.numbers, agreement
     )
+
+
+def _open(run: Path, step: int | None) -> tuple[Checkpoint, Path, list[Damage]]:
+    """The checkpoint, the folder of its DeepSpeed files, and newer ones that were passed over."""
+    if not is_universal(run):
+        checkpoint, passed_over = open_checkpoint(run, step)
+        return checkpoint, checkpoint.dir / DEEPSPEED_TAG, passed_over
+    if step is not None:
+        raise UserError(f"{run} is the universal checkpoint of one step; leave --step out")
+    return open_described(run.resolve().parent, PROBE_NAME), run, []
+
+
+def _check_averages(checkpoint: Checkpoint, files: Path) -> None:
+    """ds_to_universal knows but Adam's tensors: nobody is to take trained weights for averaged ones."""
+    with open_probe(checkpoint) as probe:
+        if PROBE_SCORES["averaged"] in probe.keys():  # noqa: SIM118 - no mapping
+            raise UserError(
+                f"the run of {files} averaged its weights, and ds_to_universal left the averages out; give --weights "
+                "trained to take the trained ones, or convert the run itself"
+            )
 
 
 def _description(checkpoint: Checkpoint) -> ModelDescription:
@@ -121,24 +135,49 @@ def _check_manifest(checkpoint: Checkpoint, found: Consolidated) -> None:
         )
 
 
-def _stored(state: Mapping[str, Tensor], parameters: Set[str], dtype: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The tensors as the file is to hold them; refused unless all are finite."""
-    infinite = [name for name, tensor in state.items() if not tensor.isfinite().all()]
-    if infinite:
-        raise UserError(
-            f"{checkpoint.dir} holds weights that are no finite numbers in {named(infinite)}: training had diverged; "
-            "convert an earlier --step"
-        )
-    stored = {name: tensor.to(torch_dtype(dtype)) if name in parameters else tensor for name, tensor in state.items()}
-    beyond = [name for name, tensor in stored.items() if not tensor.isfinite().all()]
-    if beyond:
-        raise UserError(f"weights of {named(beyond)} are beyond the range of {dtype}; choose bfloat16 or float32")
-    return stored
+class _Finite(Mapping[str, Tensor]):
+    """A state dict that looks at what is read of it, each tensor once."""
+
+    def __init__(self, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        self.numbers = 0  # read
+        self._state, self._dtype = state, dtype
+        self._infinite: list[str] = []
+        self._beyond: list[str] = []
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._state[name]
+        self.numbers += tensor.numel()
+        if tensor.is_floating_point():
+            extremes = torch.stack(tensor.aminmax())  # no number makes both none
+            if not extremes.isfinite().all():
+                self._infinite.append(name)
+            elif not extremes.to(self._dtype).isfinite().all():
+                self._beyond.append(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+    def check(self, checkpoint: Checkpoint, dtype: str) -> None:
+        """Raise UserError unless everything was finite, and is in `dtype`."""
+        if self._infinite:
+            raise UserError(
+                f"{checkpoint.dir} holds weights that are no finite numbers in {named(self._infinite)}: training had "
+                "diverged; convert an earlier --step"
+            )
+        if self._beyond:
+            raise UserError(
+                f"weights of {named(self._beyond)} are beyond the range of {dtype}; choose bfloat16 or float32"
+            )
 
 
-def _source(run: Path, state: CheckpointState, found: Consolidated, dtype: str) -> dict[str, Any]:
+def _source(checkpoint: Checkpoint, found: Consolidated, dtype: str) -> dict[str, Any]:
+    state = checkpoint.state
     return {
-        "run": run.resolve().name,
+        "run": checkpoint.dir.resolve().parents[1].name,
         "step": state.step,
         "weights": found.weights,
         "scores": state.scores,
@@ -151,44 +190,5 @@ def _source(run: Path, state: CheckpointState, found: Consolidated, dtype: str) 
         "fcn_dist": fcn_dist.__version__,
         "deepspeed": found.deepspeed_version,
         "torch": torch.__version__,
+        "card": model_card(checkpoint, found.weights),
     }
-
-
-def _compare(path: Path, checkpoint: Checkpoint, weights: Weights, dtype: str) -> Agreement:
-    """Read the file as a user would, and score the probe image in the arithmetic of the engine that recorded it."""
-    image, expected, recorded_on = _read_probe(checkpoint, weights)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, _ = read_model_file(path)
-    precision = checkpoint.state.precision
-    autocast = checkpoint.state.deepspeed.get("torch_autocast") or {}
-    arithmetic = str(autocast.get("dtype", "bfloat16")) if autocast.get("enabled") else precision
-    # The masters, or their averages, rounded to the engine's precision are what the engine computed with, to the bit.
-    model.to(device, torch_dtype(precision))
-    mixed = torch.autocast(device.type, torch_dtype(arithmetic)) if autocast.get("enabled") else nullcontext()
-    with torch.inference_mode(), mixed:
-        scores = model(image.to(device), coarse=True).float().cpu()
-    if scores.shape != expected.shape:
-        raise UserError(
-            f"{checkpoint.dir / PROBE_NAME} holds scores {tuple(expected.shape)}, and the model gives "
-            f"{tuple(scores.shape)}; restore the checkpoint from a copy, or convert another step"
-        )
-    if arithmetic == "float32" and (device.type, recorded_on) != ("cpu", "cpu"):
-        arithmetic = "tf32"  # what a GPU's convolutions may round float32 to
-    largest = float(expected.abs().max())
-    difference = float((scores - expected).abs().max()) / (largest or 1.0)
-    tolerance = max(TOLERANCES[arithmetic], TOLERANCES[dtype])
-    return Agreement(f"{arithmetic} on {device.type}", scores.numel(), difference, tolerance)
-
-
-def _read_probe(checkpoint: Checkpoint, weights: Weights) -> tuple[Tensor, Tensor, str]:
-    """The image, its scores by the engine with these weights, and the kind of device it ran on ("" if not recorded)."""
-    path = checkpoint.dir / PROBE_NAME
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            return file.get_tensor("image"), file.get_tensor(PROBE_SCORES[weights]), metadata.get("device", "")
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}); without the scores it holds, a conversion cannot be checked; restore "
-            "the checkpoint from a copy, or convert another step"
-        ) from error

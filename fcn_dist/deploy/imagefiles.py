@@ -1,5 +1,6 @@
-"""Images and folders in; which outputs belong to which image, and the pixels as a viewer shows them, out."""
+"""Images, folders and patterns in; which outputs belong to which image, and the pixels as a viewer shows them, out."""
 
+import glob
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from fcn_dist.errors import UserError, named
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 # Below Pillow's own warning at 89 megapixels; a network at full width needs about 700 bytes a pixel.
 MAX_PIXELS = 64_000_000
+RECORD_NAME = "predictions.jsonl"  # a line an image
 
 
 @dataclass(frozen=True)
@@ -23,28 +25,30 @@ class Job:
     image: Path
     labels: Path
     overlay: Path
-    figures: Path
     confidence: Path | None = None
 
     @property
     def outputs(self) -> tuple[Path, ...]:
         """All of them."""
-        return tuple(path for path in (self.labels, self.overlay, self.figures, self.confidence) if path)
+        return tuple(path for path in (self.labels, self.overlay, self.confidence) if path)
 
 
-def plan(inputs: Sequence[Path], output_dir: Path, overwrite: bool = False, confidence: bool = False) -> list[Job]:
-    """A job for each image given, and for each image in a folder given, at its place in the folder.
+def plan(inputs: Sequence[str], output_dir: Path, overwrite: bool = False, confidence: bool = False) -> list[Job]:
+    """A job for each image given, found in a folder, or matching a pattern, at its place in the folder.
+
+    A pattern's folder is the part before its first wildcard. An image that several inputs name has one job.
 
     Raises UserError, before anything is written, if there are none, if two would write the same file, if one would
     overwrite an image, or, unless `overwrite`, if an output exists.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"{output_dir} is a file; a folder to write to is needed; choose another --output")
-    found = [(image, output_dir / stem) for path in inputs for image, stem in _images(path, output_dir)]
+    found = {(image, output_dir / stem): None for given in inputs for image, stem in _images(given, output_dir)}
     jobs = [_job(image, base, confidence) for image, base in found]
     owners: dict[Path, Path] = {}
     images = {job.image.resolve() for job in jobs}
-    existing: list[str] = []
+    record = output_dir / RECORD_NAME
+    existing = [str(record)] if record.exists() else []
     for job in jobs:
         for output in job.outputs:
             if output in owners:
@@ -64,30 +68,46 @@ def plan(inputs: Sequence[Path], output_dir: Path, overwrite: bool = False, conf
     return jobs
 
 
-def _images(path: Path, output_dir: Path) -> Iterator[tuple[Path, Path]]:
+def _images(given: str, output_dir: Path) -> Iterator[tuple[Path, Path]]:
     """Images and their names without suffix, relative to the folder they were found in."""
+    path = Path(given)
     if path.is_file():
         yield path, Path(path.stem)
         return
-    if not path.is_dir():
-        raise UserError(f"no image or folder {path}; give images, or folders with images")
+    if path.is_dir():
+        folder, candidates = path, path.rglob("*")
+    elif glob.has_magic(given):
+        folder = _before_wildcards(path)
+        candidates = (Path(match) for match in glob.iglob(given, recursive=True))  # noqa: PTH207 - as a shell has **
+    else:
+        raise UserError(f"no image or folder {path}; give images, folders with images, or patterns in quotes")
     found = 0
-    output_is_inside = path.resolve() in output_dir.resolve().parents
-    for image in sorted(path.rglob("*")):
-        hidden = any(part.startswith(".") for part in image.relative_to(path).parts)
+    output_is_inside = folder.resolve() in output_dir.resolve().parents
+    for image in sorted(candidates):
+        hidden = any(part.startswith(".") for part in image.relative_to(folder).parts)
         # The outputs of an earlier run are no images to label.
         ours = output_is_inside and output_dir.resolve() in image.resolve().parents
         if image.suffix.lower() in SUFFIXES and image.is_file() and not hidden and not ours:
             found += 1
-            yield image, image.relative_to(path).with_suffix("")
+            yield image, image.relative_to(folder).with_suffix("")
     if not found:
-        raise UserError(f"folder {path} holds no images; files ending in {', '.join(SUFFIXES)} are looked for")
+        what = f"folder {path} holds" if path.is_dir() else f"pattern {given} matches"
+        raise UserError(f"{what} no images; files ending in {', '.join(SUFFIXES)} are looked for")
+
+
+def _before_wildcards(pattern: Path) -> Path:
+    parts = []
+    for part in pattern.parts[:-1]:
+        if glob.has_magic(part):
+            break
+        parts.append(part)
+    return Path(*parts)
 
 
 def _job(image: Path, base: Path, confidence: bool) -> Job:
     # Names are added to: a stem may have dots, and with_suffix would cut it at the last.
-    labels, overlay, figures = (base.with_name(base.name + end) for end in (".png", "_overlay.png", ".json"))
-    return Job(image, labels, overlay, figures, base.with_name(f"{base.name}_confidence.png") if confidence else None)
+    labels, overlay, sure = (base.with_name(base.name + end) for end in (".png", "_overlay.png", "_confidence.png"))
+    return Job(image, labels, overlay, sure if confidence else None)
 
 
 def read_rgb(path: Path) -> NDArray[np.uint8]:

@@ -1,28 +1,37 @@
 """The model file: one .safetensors with everything inference needs; reading it never unpickles.
 
 Tensors bear the network's own names. Metadata key `fcn_dist` holds JSON: format_version, model (ModelDescription) and
-source, which says where the weights came from and is for people.
+source, which says where the weights came from and is for people. docs/modelfile.md has all of it, byte for byte.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fcn_dist.errors import UserError, named
 from fcn_dist.files import replacing
 from fcn_dist.model.description import ModelDescription
-from fcn_dist.model.fcn import FCN
+from fcn_dist.model.fcn import FCN, torch_dtype
 
 FORMAT_VERSION = 1
 METADATA_KEY = "fcn_dist"
+# As the format names what is stored here.
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 NEEDED = "a model file written by launch/convert.py is needed"
+
+
+class Form(NamedTuple):
+    """Of a tensor in a file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,16 @@ class ModelFileInfo:
     dtype: str  # of the stored weights
 
 
+def metadata_text(info: ModelFileInfo) -> str:
+    """The JSON of a model file, for graphs that are made of it."""
+    return _text(info.description, info.source)
+
+
+def _text(description: ModelDescription, source: Mapping[str, Any]) -> str:
+    content = {"format_version": FORMAT_VERSION, "model": description.as_dict(), "source": dict(source)}
+    return json.dumps(content)
+
+
 def check_new(out: Path, overwrite: bool) -> None:
     """Raise UserError unless a model file can be written to `out`: a new one, or in place of a file if `overwrite`."""
     if out.is_dir() or (out.exists() and not overwrite):
@@ -44,14 +63,52 @@ def check_new(out: Path, overwrite: bool) -> None:
 
 
 def write_model_file(
-    path: Path, model_state: Mapping[str, Tensor], description: ModelDescription, source: Mapping[str, Any]
+    path: Path,
+    model_state: Mapping[str, Tensor],
+    description: ModelDescription,
+    source: Mapping[str, Any],
+    dtype: str | None = None,
+    flush: bool = True,
 ) -> None:
-    """Write a model file that is whole or not there. `model_state` is that of `description.build()`."""
-    content = {"format_version": FORMAT_VERSION, "model": description.as_dict(), "source": dict(source)}
+    """Write a model file that is whole or not there. `model_state` is that of `description.build()`.
+
+    It is asked for one tensor at a time. Parameters are stored as `dtype`, or, if it is None, as they are; buffers, of
+    a wide range, as they are in any case. `flush` as of files.replacing.
+    """
     # The first key is that of the format's convention: who reads the tensors.
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(content)}
-    with replacing(path) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in model_state.items()}, partial, metadata)
+    metadata = {"format": "pt", METADATA_KEY: _text(description, source)}
+    if dtype is None:
+        forms = {name: Form(tensor.dtype, tuple(tensor.shape)) for name, tensor in model_state.items()}
+    else:
+        with torch.device("meta"):
+            model = description.build()
+        forms = {name: Form(tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+        parameters = {name for name, _ in model.named_parameters()}
+        forms |= {name: Form(torch_dtype(dtype), forms[name].shape) for name in parameters}
+    with replacing(path, flush) as partial:
+        write_tensors(partial, model_state, forms, metadata)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], forms: Mapping[str, Form], metadata: Mapping[str, str]
+) -> None:
+    """A safetensors file, one tensor after the other, each in the form that it is to have."""
+    # Widest numbers first, as the format's own writer has them: each tensor then begins at a multiple of its numbers.
+    order = sorted(forms, key=lambda name: (-forms[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in order:
+        dtype, shape = forms[name]
+        begin, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            tensor = tensors[name].to(forms[name].dtype).contiguous()
+            assert tuple(tensor.shape) == forms[name].shape, name
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def read_model_file(path: Path) -> tuple[FCN, ModelFileInfo]:

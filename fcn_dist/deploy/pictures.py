@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcn_dist.deploy.lettering import BACKGROUND, Entry, draw_caption, draw_legend
+from fcn_dist.deploy.naming import draw_names
 from fcn_dist.errors import UserError
 from fcn_dist.files import replacing
 
@@ -73,14 +74,15 @@ def legend(labels: Labels, classes: Sequence[str], colours: Sequence[Colour], te
 
 
 def picture_with_legend(image: Picture, labels: Labels, classes: Sequence[str], colours: Sequence[Colour]) -> Picture:
-    """The overlay with its legend beside it, or below it where the image is flat or the classes are many."""
+    """The overlay, names on its regions, with its legend beside it, or below where it is flat or has many classes."""
     _check(image, labels, len(colours))
     # An integer factor keeps the pixels of a tiny image equally large.
     height, width = labels.shape
     factor = max(1, min(-(-SMALLEST_WIDTH // width), 4 * SMALLEST_WIDTH // height))
     image, labels = _resize(image, labels, (width * factor, height * factor))
     text_size = int(np.clip(max(labels.shape) / 38, 15, 44))
-    return _with_legend(overlay(image, labels, colours), _entries([[labels]], classes, colours), text_size)
+    named = draw_names(overlay(image, labels, colours), labels, [short_name(name) for name in classes], text_size)
+    return _with_legend(named, _entries([[labels]], classes, colours), text_size)
 
 
 def triple(

@@ -3,6 +3,7 @@
 Shapes: H x W pixels, C outputs.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fcn_dist.deploy.modelfile import ModelFileInfo, read_model_file
+from fcn_dist.deploy.modelurl import local_copy
 from fcn_dist.errors import UserError
 from fcn_dist.model.devices import multiplies_bfloat16
 from fcn_dist.model.fcn import FCN, torch_dtype
@@ -42,8 +44,12 @@ class Predictor:
         device: str | torch.device | None = None,
         precision: str = AUTO,
         views: Views = Views(),  # noqa: B008 - frozen
+        sha256: str | None = None,
     ) -> "Predictor":
         """Read a model file; `device` as torch names it, by default a GPU if there is one.
+
+        `path` may be a URL with the file's hash, `https://host/model.safetensors#sha256=...`, or with `sha256` beside
+        it; it is fetched once and kept in the cache of this machine.
 
         The network computes in `precision`: "float32", "bfloat16" or "float16"; "auto" is bfloat16 on devices that
         multiply it, and float32 on others. `views` says how `predict` looks at an image. Raises UserError if the file
@@ -54,7 +60,7 @@ class Predictor:
         found = _device(device)
         if precision == AUTO:
             precision = "bfloat16" if multiplies_bfloat16(found) else "float32"
-        model, info = read_model_file(Path(path))
+        model, info = read_model_file(local_copy(path, sha256))
         return cls(model, info, found, precision, views)
 
     @property
@@ -74,12 +80,26 @@ class Predictor:
         """
         if not self.views.plain:
             return self.predict_with_confidence(image_HW3)[0]
-        coarse = self._coarse(self._checked(image_HW3))
-        height, width = image_HW3.shape[:2]
+        return self.predict_many([image_HW3])[0]
+
+    def predict_many(self, images_HW3: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+        """`predict` of each image; those of one size are computed together, which small ones gain from.
+
+        Images computed together take memory together: give as many as fit. Raises ValueError as `predict` does.
+        """
+        if not self.views.plain:
+            return [self.predict(image) for image in images_HW3]
+        checked = [self._checked(image) for image in images_HW3]
+        of_size: dict[tuple[int, int], list[int]] = {}
+        for number, image in enumerate(checked):
+            of_size.setdefault((image.shape[1], image.shape[2]), []).append(number)
+        found: dict[int, NDArray[np.uint8]] = {}
         stride, offset = self._model.stride, self._model.offset
-        outputs = argmax_upsampled(coarse, (height, width), stride, offset)[0].cpu().numpy()
-        labels: NDArray[np.uint8] = self._labels[outputs]
-        return labels
+        for size, numbers in of_size.items():
+            coarse = self._coarse(torch.cat([checked[number] for number in numbers]))
+            outputs = argmax_upsampled(coarse, size, stride, offset).cpu().numpy()
+            found |= {number: self._labels[outputs[place]] for place, number in enumerate(numbers)}
+        return [found[number] for number in range(len(checked))]
 
     def predict_with_confidence(self, image_HW3: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         """Labels as `predict` gives them, and the probability of each, (H, W) float32; takes longer."""

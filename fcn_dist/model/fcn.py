@@ -85,6 +85,8 @@ class FCN(nn.Module):
         """He's normal initialisation; score layers start at zero, as in the reference."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
+                if module.weight.is_meta:
+                    continue  # no numbers to draw, and torch would load its compiler for it, which takes 1.6 s
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
             elif isinstance(module, BatchNorm2d):

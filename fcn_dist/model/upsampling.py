@@ -108,6 +108,10 @@ def upsample(coarse_BChw: Tensor, size: tuple[int, int], stride: int, offset: in
     The image begins `offset` pixels after the first that the cells cover.
     """
     full = F.interpolate(coarse_BChw, scale_factor=stride, mode="bilinear", align_corners=False)
+    if torch.compiler.is_exporting():
+        # A slice is whole or a part, and an exported graph would take sizes alone that are as in its example.
+        rows, columns = (torch.arange(offset, offset + pixels, device=full.device) for pixels in size)
+        return full.index_select(2, rows).index_select(3, columns)
     return full[:, :, offset : offset + size[0], offset : offset + size[1]]
 
 

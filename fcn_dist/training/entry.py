@@ -144,7 +144,11 @@ def refuse_another_run(before: RunRecord, now: RunRecord, run_dir: Path) -> None
         recipe = record.recipe
         return {
             **{f"data.{key}": value for key, value in recipe["data"].items() if key not in NOT_DECISIVE},
-            **{f"model.{key}": value for key, value in recipe["model"].items() if key != "weights"},
+            **{
+                f"model.{key}": value
+                for key, value in recipe["model"].items()
+                if key not in ("weights", "weights_licence")
+            },
             "train.seed": recipe["train"]["seed"],
             "train.auxiliary > 0": recipe["train"]["auxiliary"] > 0,
             "the global batch": record.global_batch,

@@ -22,6 +22,7 @@ from fcn_dist.data.flocks import Patience, holding, is_at, lock, unlock_and_clos
 from fcn_dist.data.remote.cachespace import PARTIAL, allocate, make_room, usable
 from fcn_dist.data.remote.urls import Retries, read_blocks, shown_url
 from fcn_dist.errors import UserError
+from fcn_dist.files import default_cache_dir
 from fcn_dist.sizes import parse_size, show_size
 
 RECENCY = 5.0  # seconds between two notes that a copy is in use, over all processes
@@ -192,20 +193,6 @@ class NodeCache:
         self.dir.mkdir(parents=True, exist_ok=True)
         with holding(self.dir / "lock", self.patience):
             yield
-
-
-def default_cache_dir() -> Path:
-    """FCN_DIST_CACHE, else fcn-dist in XDG_CACHE_HOME, else in ~/.cache; UserError if there is no home."""
-    if chosen := os.environ.get("FCN_DIST_CACHE"):
-        return Path(chosen)
-    if caches := os.environ.get("XDG_CACHE_HOME"):
-        return Path(caches) / "fcn-dist"
-    try:
-        return Path.home() / ".cache" / "fcn-dist"
-    except RuntimeError as error:
-        raise UserError(
-            "this account has no home for the cache of remote shards; a folder is needed; set FCN_DIST_CACHE"
-        ) from error
 
 
 def node_cache(cache_dir: str | None = None, limit: str = DEFAULT_LIMIT) -> NodeCache:

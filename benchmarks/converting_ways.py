@@ -1,0 +1,128 @@
+"""The ways to turn a checkpoint into one file, each run in a process of its own: seconds and peak memory out.
+
+Memory is counted by a process beside it that reads /proc/PID/status every millisecond. `anonymous` (RssAnon) is what
+the process alone holds: pages of files that it maps, which the system takes back whenever it needs them, are not in
+it. `resident` (VmHWM) counts those too. Both are what is above the process with its modules imported.
+"""
+
+import gc
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import Any
+
+INTERVAL = 0.001  # seconds
+ANONYMOUS, RESIDENT, MOST_RESIDENT = "RssAnon", "VmRSS", "VmHWM"
+
+
+def deepspeed(run: str, out: str, safe: bool) -> dict[str, Any]:
+    """DeepSpeed's converter; `safe`: to safetensors instead of torch's own form."""
+    from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
+
+    folder = _checkpoint(run)
+    with measured() as figures:
+        convert_zero_checkpoint_to_fp32_state_dict(
+            str(folder), out, max_shard_size=None, safe_serialization=safe, tag="deepspeed"
+        )
+    return {**figures, **_written(Path(out))}
+
+
+def unproven(run: str, out: str) -> dict[str, Any]:
+    """What ours does of what DeepSpeed's does: the weights, joined and written, and no more."""
+    import torch
+
+    from fcn_dist.checkpoints.consolidate import consolidate
+    from fcn_dist.checkpoints.store import read_state
+    from fcn_dist.deploy.modelfile import write_model_file
+    from fcn_dist.model.description import ModelDescription
+
+    folder, path = _checkpoint(run), Path(out + ".safetensors")
+    with measured() as figures:
+        with torch.device("meta"):
+            description = ModelDescription.from_dict(read_state(folder).model)
+            model = description.build()
+        found = consolidate(folder / "deepspeed", model)
+        write_model_file(path, found.state, description, {}, "float32", flush=False)
+    return {**figures, **_written(path)}
+
+
+def proven(run: str, out: str) -> dict[str, Any]:
+    """What the command does."""
+    from fcn_dist.deploy.convert import convert
+
+    path = Path(out + ".safetensors")
+    with measured() as figures:
+        convert(run, path)
+    return {**figures, **_written(path)}
+
+
+def _checkpoint(run: str) -> Path:
+    return next((Path(run) / "checkpoints").glob("step-*"))
+
+
+def _written(path: Path) -> dict[str, Any]:
+    files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
+    return {"bytes": sum(each.stat().st_size for each in files)}
+
+
+@contextmanager
+def measured() -> Iterator[dict[str, float]]:
+    """`seconds`, `cpu` seconds, and growth of `anonymous` and `resident` at most; there once the block has ended."""
+    figures: dict[str, float] = {}
+    gc.collect()
+    # The peak so far, of the imports, is forgotten.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status(os.getpid())
+    with most_anonymous() as peak:
+        began, cpu = perf_counter(), process_time()
+        yield figures
+        figures["seconds"], figures["cpu"] = perf_counter() - began, process_time() - cpu
+    after = _status(os.getpid())
+    figures["anonymous"] = peak[0] - before[ANONYMOUS]
+    figures["resident"] = after[MOST_RESIDENT] - before[RESIDENT]
+
+
+@contextmanager
+def most_anonymous() -> Iterator[list[int]]:
+    """The most of RssAnon that a forked child sees of this process; there once the block has ended."""
+    peak = [0]
+    stop_read, stop = os.pipe()
+    answer, answer_write = os.pipe()
+    parent = os.getpid()
+    child = os.fork()
+    if not child:
+        try:
+            os.close(stop)
+            os.set_blocking(stop_read, False)
+            most = 0
+            while _is_open(stop_read):
+                most = max(most, _status(parent)[ANONYMOUS])
+                time.sleep(INTERVAL)
+            os.write(answer_write, str(most).encode())
+        finally:
+            os._exit(0)
+    os.close(stop_read)
+    os.close(answer_write)
+    try:
+        yield peak
+    finally:
+        os.close(stop)
+        peak[0] = int(os.read(answer, 100))
+        os.close(answer)
+        os.waitpid(child, 0)
+
+
+def _is_open(pipe: int) -> bool:
+    try:
+        return bool(os.read(pipe, 1))  # its end is read as nothing
+    except BlockingIOError:
+        return True
+
+
+def _status(pid: int) -> dict[str, int]:
+    """Bytes by name."""
+    lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return {words[0][:-1]: int(words[1]) * 1024 for words in lines if words[-1] == "kB"}
