@@ -60,6 +60,8 @@ class _Labelling(nn.Module):
     def __init__(self, model: FCN, info: ModelFileInfo) -> None:
         super().__init__()
         self.model = model
+        for layer in (model.fc6, model.fc7):
+            layer.by_columns = False  # what a CPU computes here with depends on the image's size
         table = list(info.description.label_rule.label_table)[: model.num_outputs]
         self.register_buffer("table", torch.tensor(table, dtype=torch.uint8))
 
