@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from measure import Measured
-from report import DOES, Table, one_line, write_report
+from tables import DOES, Table, one_line, write_report
 from training_run import RECIPES, Training, check_weights, device, end, measured, options, shards_of
 
 from fcn_dist.console import run_command

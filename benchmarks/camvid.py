@@ -15,7 +15,7 @@ from statistics import mean, stdev
 
 import torch
 from measure import Measured
-from report import Table, one_line, write_report
+from tables import Table, one_line, write_report
 from training_run import RECIPES, Training, check_weights, device, end, measured, options, shards_of
 
 from fcn_dist.config import ModelConfig

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from launched import launch
 from measure import Contender, Measured
-from report import Table, Target, targets_table, write_report
+from tables import Table, Target, targets_table, write_report
 
 from fcn_dist.config import ModelConfig
 from fcn_dist.console import run_command

@@ -16,7 +16,7 @@ from statistics import median
 
 from launched import launch
 from measure import Contender, Measured, run_rounds
-from report import Table, Target, ratio, targets_table, write_report
+from tables import Table, Target, ratio, targets_table, write_report
 
 from fcn_dist.console import run_command, status_console
 

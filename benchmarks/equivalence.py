@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from equivalence_page import Cell, Trained, update_page
 from launched import launch
-from report import machine
+from tables import machine
 
 from fcn_dist.console import run_command, status_console
 from fcn_dist.data.packing.run import pack

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from report import Table
+from tables import Table
 
 from fcn_dist.errors import UserError
 

@@ -15,8 +15,8 @@ from statistics import median
 from typing import Any
 
 from measure import INSTALL, Contender, Failed, Measured, missing, run_once, run_rounds
-from report import Table, Target, fastest, median_rate, rate_table, ratio, targets_table, write_report
 from scenes_copies import link_copies
+from tables import Table, Target, fastest, median_rate, rate_table, ratio, targets_table, write_report
 
 from fcn_dist.console import run_command, status_console
 from fcn_dist.errors import UserError

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import Contender, Failed, Measured, missing, run_once
-from report import Table, write_report
+from tables import Table, write_report
 
 from fcn_dist.console import run_command
 from fcn_dist.errors import UserError

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from measure import Contender, Measured, run_rounds
-from report import Table, Target, fastest, median_rate, rate_table, ratio, targets_table, write_report
 from scenes_copies import link_copies
+from tables import Table, Target, fastest, median_rate, rate_table, ratio, targets_table, write_report
 
 from fcn_dist.console import run_command
 from fcn_dist.errors import UserError

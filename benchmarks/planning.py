@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from launched import ROOT, launch
 from measure import Contender, Measured
-from report import Table, Target, one_line, targets_table, write_report
+from tables import Table, Target, one_line, targets_table, write_report
 
 from fcn_dist.console import run_command
 from fcn_dist.recipefile import load_recipe

@@ -18,7 +18,7 @@ from time import perf_counter
 from typing import Any
 
 from measure import Contender, Measured, run_rounds
-from report import Table, write_report
+from tables import Table, write_report
 
 from fcn_dist.config import ModelConfig
 from fcn_dist.console import run_command

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from measure import Contender, Measured, run_rounds
-from report import DOES, Table, Target, fastest, median_rate, one_line, ratio, targets_table, write_report
+from tables import DOES, Table, Target, fastest, median_rate, one_line, ratio, targets_table, write_report
 
 from fcn_dist.console import run_command
 from fcn_dist.errors import UserError
