@@ -48,12 +48,8 @@ def photos(shared_data: Path) -> list[NDArray[np.uint8]]:
 
 @pytest.mark.slow
 @pytest.mark.real_data
-@pytest.mark.parametrize("geometry", ["same", "reference"])
-def test_onnx_labels_real_images_of_several_sizes_as_the_network(
-    tmp_path: Path, shared_data: Path, geometry: Any
-) -> None:
-    description = replace(DESCRIPTION, config=replace(DESCRIPTION.config, geometry=geometry))
-    model = save_run(tmp_path / "run", description=description)
+def test_onnx_labels_real_images_of_several_sizes_as_the_network(tmp_path: Path, shared_data: Path) -> None:
+    model = save_run(tmp_path / "run")
     export(tmp_path / "run", tmp_path / "m.onnx", "onnx")
     images = photos(shared_data)
     assert len({image.shape for image in images}) > 2
@@ -83,8 +79,10 @@ def test_the_command_writes_onnx_that_runs_alone_and_says_what_it_is(
 
 
 @pytest.mark.slow
-def test_torch_export_is_loaded_by_torch_alone_for_images_of_any_size_from_33_pixels(tmp_path: Path) -> None:
-    model = save_run(tmp_path / "run")
+@pytest.mark.parametrize("geometry", ["same", "reference"])
+def test_torch_export_is_loaded_by_torch_alone_for_images_from_33_pixels(tmp_path: Path, geometry: Any) -> None:
+    description = replace(DESCRIPTION, config=replace(DESCRIPTION.config, geometry=geometry))
+    model = save_run(tmp_path / "run", description=description)
     exported = export(tmp_path / "run", tmp_path / "m.pt2", "torch-export")
     assert exported.probe.difference <= 1e-4 and exported.labels > 10_000
     extra = {"fcn_dist": ""}

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -224,3 +226,24 @@ def test_the_file_is_what_the_formats_own_writer_would_write(tmp_path: Path, dty
 def tensor_bytes(path: Path) -> bytes:
     content = path.read_bytes()
     return content[8 + int.from_bytes(content[:8], "little") :]
+
+
+def test_tensors_are_held_one_at_a_time(tmp_path: Path) -> None:
+    state = tiny_network().state_dict()
+    living: list[weakref.ref[Tensor]] = []
+
+    class MadeWhenAsked(Mapping[str, Tensor]):
+        def __getitem__(self, name: str) -> Tensor:
+            assert sum(reference() is not None for reference in living) <= 1
+            tensor: Tensor = state[name].clone()
+            living.append(weakref.ref(tensor))
+            return tensor
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(state)
+
+        def __len__(self) -> int:
+            return len(state)
+
+    write_model_file(tmp_path / "m.safetensors", MadeWhenAsked(), DESCRIPTION, {}, "float32")
+    assert len(living) == len(state)

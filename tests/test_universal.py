@@ -17,6 +17,7 @@ from tiny_models import DESCRIPTION
 from fcn_dist.checkpoints.consolidate import consolidate
 from fcn_dist.commands.entry import run_script
 from fcn_dist.deploy.convert import convert
+from fcn_dist.deploy.export import export
 from fcn_dist.errors import UserError
 
 SCRIPT = Path(__file__).with_name("save_checkpoints.py")
@@ -80,6 +81,13 @@ def test_averaged_weights_that_were_left_out_are_not_taken_for_trained_ones(univ
         convert(universal, tmp_path / "m.safetensors")
     with pytest.raises(UserError, match="holds no averaged weights"):
         convert(universal, tmp_path / "m.safetensors", weights="averaged")
+
+
+@pytest.mark.slow
+def test_a_graph_may_differ_from_16_bit_scores_as_the_network_in_float32_does(universal: Path, tmp_path: Path) -> None:
+    exported = export(universal, tmp_path / "m.pt2", "torch-export", weights="trained")
+    assert 1e-4 < exported.probe.difference <= exported.probe.tolerance < 0.1
+    assert exported.network.difference <= 1e-5
 
 
 def remove_module_file(folder: Path) -> None:
