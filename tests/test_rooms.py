@@ -37,9 +37,12 @@ ROOMS = {
     "checkpoints": room("model", "torch safetensors numpy"),
     "training": room("data model scoring checkpoints", "deepspeed torch safetensors numpy tensorboard"),
     "deploy": room("data model scoring checkpoints training", "torch safetensors numpy cv2 PIL onnx"),
+    "serving": room("model deploy", "fastapi starlette uvicorn python_multipart torch numpy PIL"),
     "reporting": room("data scoring checkpoints training deploy", "numpy cv2 PIL matplotlib tensorboard"),
     "launching": room("", ""),
-    "commands": room("data model scoring checkpoints training deploy reporting launching", "torch numpy cv2 PIL"),
+    "commands": room(
+        "data model scoring checkpoints training deploy serving reporting launching", "torch numpy cv2 PIL"
+    ),
 }
 # What single modules may import beyond their room's list, and those that may import less.
 ALSO = {
