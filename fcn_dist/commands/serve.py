@@ -6,7 +6,6 @@ from pathlib import Path
 from fcn_dist.commands.views import add_views, views_of
 from fcn_dist.deploy.predict import AUTO, PRECISIONS, Predictor
 from fcn_dist.errors import UserError
-from fcn_dist.model.devices import keep_freed_memory
 from fcn_dist.sizes import parse_size
 
 EXTRA = {"fastapi", "starlette", "uvicorn", "python_multipart"}
@@ -25,7 +24,6 @@ def main(argv: list[str]) -> None:
             f"serve needs {error.name}, which is not installed; install the extra: pip install 'fcn-dist[serve]'"
         ) from error
     limits = Limits(parse_size(options.max_bytes), options.max_pixels, options.requests)
-    keep_freed_memory()
     with listen(options.host, options.port) as listener:
         predictor = Predictor.from_file(options.model, options.device, options.precision, views_of(options))
         serve(predictor, listener, limits)
