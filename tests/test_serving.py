@@ -2,9 +2,12 @@
 
 import asyncio
 import io
+import json
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.resources import files
@@ -16,12 +19,13 @@ import pytest
 from fastapi import HTTPException
 from numpy.typing import NDArray
 from PIL import Image
-from served import Served, answer_on, form, running
+from served import ROOT, Served, answer_on, form, running
 from starlette.requests import Request
 from starlette.types import Message
 from tiny_models import DESCRIPTION, tiny_network
 
 from fcn_dist.commands.entry import run_script
+from fcn_dist.deploy.imagefiles import read_rgb
 from fcn_dist.deploy.modelfile import write_model_file
 from fcn_dist.deploy.pictures import distinct
 from fcn_dist.deploy.predict import Predictor
@@ -320,6 +324,30 @@ def test_without_the_extra_it_is_named(tmp_path: Path, capsys: pytest.CaptureFix
         sys.modules["fastapi"] = None  # type: ignore[assignment]
         assert run_script("serve", [str(tmp_path / "none.safetensors")]) == 2
     assert "serve needs fastapi" in (message := capsys.readouterr().err) and "pip install 'fcn-dist[serve]'" in message
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+def test_the_commands_of_the_documentation_work_as_written(
+    server: Served, predictor: Predictor, tmp_path: Path
+) -> None:
+    Image.fromarray(patches(60, 80)).save(tmp_path / "scene.jpg")
+    text = (ROOT / "docs" / "serving.md").read_text() + server.ask("GET", "/docs").body.decode()
+    commands = [
+        line.strip().removeprefix("<pre>").removesuffix("</pre>") for line in text.splitlines() if "curl " in line
+    ]
+    assert len(commands) == 6
+    wanted = predictor.predict(read_rgb(tmp_path / "scene.jpg"))
+    for command in commands:
+        here = command.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}").replace("curl ", "curl --noproxy '*' -sf ")
+        done = subprocess.run(["bash", "-c", here], cwd=tmp_path, capture_output=True, timeout=60, check=True)
+        written = set(tmp_path.glob("*.png"))
+        if written:
+            assert (labels_in(written.pop().read_bytes()) == wanted).all()
+        else:
+            assert json.loads(done.stdout)["classes"][0]["pixels"] == np.bincount(wanted.ravel()).max()
+        for path in tmp_path.glob("*.png"):
+            path.unlink()
+    assert sum("-o " in command for command in commands) == 4
 
 
 STUCK = """
