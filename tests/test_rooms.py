@@ -134,6 +134,8 @@ def test_a_module_imports_only_what_stands_above_it(module: str) -> None:
         ("fcn_dist.deploy.predict", "from fcn_dist.checkpoints.store import open_checkpoint"),
         ("fcn_dist.deploy.predict", "import webdataset"),
         ("fcn_dist.deploy.pictures", "import torch"),
+        ("fcn_dist.serving.app", "from fcn_dist.training import loop"),
+        ("fcn_dist.deploy.predict", "import fastapi"),
         ("fcn_dist.commands.train", "import deepspeed"),
         ("fcn_dist.model.fcn", "try:\n    import requests\nexcept ImportError:\n    pass"),
     ],

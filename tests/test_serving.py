@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from unittest.mock import patch
@@ -27,7 +28,6 @@ from tiny_models import DESCRIPTION, tiny_network
 from fcn_dist.commands.entry import run_script
 from fcn_dist.deploy.imagefiles import read_rgb
 from fcn_dist.deploy.modelfile import write_model_file
-from fcn_dist.deploy.pictures import distinct
 from fcn_dist.deploy.predict import Predictor
 from fcn_dist.serving.answers import preferred
 from fcn_dist.serving.limits import Limits
@@ -55,7 +55,10 @@ def encoded(image: NDArray[np.uint8], kind: str = "PNG", orientation: int = 1) -
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    write_model_file(path, tiny_network().state_dict(), DESCRIPTION, {"run": "beach"})
+    # Sand has the colour of the sea.
+    sky, sea, _, *others = DESCRIPTION.colours
+    description = replace(DESCRIPTION, colours=(sky, sea, sea, *others))
+    write_model_file(path, tiny_network().state_dict(), description, {"run": "beach"})
     return path
 
 
@@ -145,7 +148,7 @@ def test_the_model_says_its_classes_colours_and_source(server: Served) -> None:
     assert [one["name"] for one in card["classes"]] == list(DESCRIPTION.classes)
     assert [one["label"] for one in card["classes"]] == [1, 2, 3, 4, 5]
     colours = [tuple(bytes.fromhex(one["colour"][1:])) for one in card["classes"]]
-    assert colours == list(distinct(DESCRIPTION.colours))
+    assert colours[:2] == list(DESCRIPTION.colours[:2]) and len(set(colours)) == 5
     assert card["source"] == {"run": "beach"} and card["model"] == "tiny.safetensors"
     assert (card["max_bytes"], card["max_pixels"]) == (MAX_BYTES, MAX_PIXELS)
     assert server.ask("GET", "/health").json == {"status": "ok", "requests": 0}
@@ -359,6 +362,7 @@ sys.exit(run_script("serve"))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_at_once_whatever_is_in_flight(model: Path, tmp_path: Path, signum: int) -> None:
     """A prediction that cannot be interrupted, an upload that waits for its turn, and half an upload."""

@@ -146,7 +146,8 @@ def canvas(page: Any, name: str) -> NDArray[np.uint8] | None:
 def outlines(labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Of labels that are all above 0."""
     padded = np.pad(labels, 1, mode="edge")
-    return (padded[:-2, 1:-1] != labels) | (padded[1:-1, :-2] != labels)
+    found: NDArray[np.bool_] = (padded[:-2, 1:-1] != labels) | (padded[1:-1, :-2] != labels)
+    return found
 
 
 def coloured(labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -245,10 +246,9 @@ def test_a_click_shows_one_class_alone_until_the_next_or_escape(
         assert (mask[bright] == whole[bright]).all()
         return None if bright.all() else {int(label) for label in np.unique(labels[bright])}
 
-    def pressed() -> list[str]:
-        return page.execute_script(
-            "return [...document.querySelectorAll('[aria-pressed=true]')].map(b => b.dataset.label)"
-        )
+    def pressed() -> Any:
+        script = "return [...document.querySelectorAll('[aria-pressed=true]')].map(b => b.dataset.label)"
+        return page.execute_script(script)
 
     label = int(labels[y, x])
     move_to(page, x, y, clicks=True)
