@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 from fastapi import HTTPException
 from numpy.typing import NDArray
 from PIL import Image
@@ -30,6 +31,7 @@ from fcn_dist.deploy.imagefiles import read_rgb
 from fcn_dist.deploy.modelfile import write_model_file
 from fcn_dist.deploy.predict import Predictor
 from fcn_dist.serving.answers import preferred
+from fcn_dist.serving.app import out_of_memory
 from fcn_dist.serving.limits import Limits
 from fcn_dist.serving.uploads import read_upload
 
@@ -327,6 +329,13 @@ def test_without_the_extra_it_is_named(tmp_path: Path, capsys: pytest.CaptureFix
         sys.modules["fastapi"] = None  # type: ignore[assignment]
         assert run_script("serve", [str(tmp_path / "none.safetensors")]) == 2
     assert "serve needs fastapi" in (message := capsys.readouterr().err) and "pip install 'fcn-dist[serve]'" in message
+
+
+@pytest.mark.parametrize("elements", [1 << 50, None])
+def test_memory_that_runs_out_is_told_from_bugs(elements: int | None) -> None:
+    with pytest.raises(RuntimeError) as failure:
+        torch.empty(elements) if elements else torch.zeros(2).view(3)
+    assert out_of_memory(failure.value) == (elements is not None)
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")

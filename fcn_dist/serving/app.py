@@ -156,7 +156,7 @@ class Labelling:
         except UserError as error:
             raise HTTPException(422, str(error)) from error
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             device = self._predictor.device
             raise HTTPException(413, f"{upload.name} does not fit the memory of {device}; shrink it") from error
@@ -165,6 +165,6 @@ class Labelling:
         return JSONResponse(figures(upload.name, labels, self._predictor))
 
 
-def _out_of_memory(error: Exception) -> bool:
-    # On a CPU torch has no type of its own for it.
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)
+def out_of_memory(error: Exception) -> bool:
+    """Whether that is what `error` says; on a CPU torch has no type of its own for it."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
