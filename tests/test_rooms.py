@@ -37,9 +37,12 @@ ROOMS = {
     "checkpoints": room("model", "torch safetensors numpy"),
     "training": room("data model scoring checkpoints", "deepspeed torch safetensors numpy tensorboard"),
     "deploy": room("data model scoring checkpoints training", "torch safetensors numpy cv2 PIL onnx onnxruntime"),
+    "serving": room("model deploy", "fastapi starlette uvicorn python_multipart torch numpy PIL"),
     "reporting": room("data scoring checkpoints training deploy", "numpy cv2 PIL matplotlib tensorboard"),
     "launching": room("", ""),
-    "commands": room("data model scoring checkpoints training deploy reporting launching", "torch numpy cv2 PIL"),
+    "commands": room(
+        "data model scoring checkpoints training deploy serving reporting launching", "torch numpy cv2 PIL"
+    ),
 }
 # What single modules may import beyond their room's list, and those that may import less.
 ALSO = {
@@ -133,6 +136,8 @@ def test_a_module_imports_only_what_stands_above_it(module: str) -> None:
         ("fcn_dist.deploy.predict", "from fcn_dist.checkpoints.store import open_checkpoint"),
         ("fcn_dist.deploy.predict", "import webdataset"),
         ("fcn_dist.deploy.pictures", "import torch"),
+        ("fcn_dist.serving.app", "from fcn_dist.training import loop"),
+        ("fcn_dist.deploy.predict", "import fastapi"),
         ("fcn_dist.commands.train", "import deepspeed"),
         ("fcn_dist.model.fcn", "try:\n    import requests\nexcept ImportError:\n    pass"),
     ],

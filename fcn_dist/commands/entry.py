@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "score a run or a model file on a shard set",
     "convert": "turn a run's checkpoint into one model file",
     "predict": "label images with a model file",
+    "serve": "label images on a local page, or for scripts over HTTP",
     "report": "write a page about a run, or several side by side",
 }
 

@@ -5,10 +5,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fcn_dist.errors import UserError, named
 
@@ -110,26 +111,37 @@ def _job(image: Path, base: Path, confidence: bool) -> Job:
     return Job(image, labels, overlay, sure if confidence else None)
 
 
-def read_rgb(path: Path) -> NDArray[np.uint8]:
+class TooManyPixels(UserError):
+    """A whole image, as far as its header tells, but too large."""
+
+
+def read_rgb(
+    source: Path | BinaryIO, name: str = "", max_pixels: int | None = None, kinds: tuple[str, ...] | None = None
+) -> NDArray[np.uint8]:
     """Pixels (H, W, 3) uint8 as a viewer shows them: upright by their EXIF orientation, any mode turned to RGB.
 
-    Raises UserError if the file is no whole image, or one of more than MAX_PIXELS.
+    Errors call an open file `name`. Of `kinds` alone, in Pillow's terms, or of any that Pillow reads. Raises
+    TooManyPixels above `max_pixels` (by default MAX_PIXELS), and UserError if it is no whole image.
     """
+    name, most = name or str(source), max_pixels or MAX_PIXELS
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(source, formats=kinds) as image:
                 width, height = image.size
                 # The header tells the size; decoding what is too large could exhaust the memory.
-                if width * height > MAX_PIXELS:
-                    raise UserError(f"{path} is {width}x{height}; at most {MAX_PIXELS:,} pixels are needed; shrink it")
+                if width * height > most:
+                    raise TooManyPixels(f"{name} is {width}x{height}; at most {most:,} pixels are needed; shrink it")
                 upright = ImageOps.exif_transpose(image)
                 return np.array(_eight_bits(upright).convert("RGB"))
     except UserError:
         raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit
+        raise TooManyPixels(f"{name} has far too many pixels; at most {most:,} are needed; shrink it") from error
     except Exception as error:  # decoders of damaged files raise whatever they trip over
-        reason = str(error) or type(error).__name__
-        raise UserError(f"{path} cannot be decoded ({reason}); a whole image file is needed; replace it") from error
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "it is of no known kind" if unknown else str(error) or type(error).__name__
+        raise UserError(f"{name} cannot be decoded ({reason}); a whole image file is needed; replace it") from error
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

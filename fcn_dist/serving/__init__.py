@@ -1,0 +1,1 @@
+"""A model file on a local page, and for scripts over HTTP."""
