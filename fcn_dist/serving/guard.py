@@ -72,10 +72,10 @@ def _name(host: str) -> str | None:
 
 
 class Lingering:
-    """Lets answers arrive that come before the whole upload: for a moment the rest is received and thrown away.
+    """Closes the connection after an answer that comes before the whole upload, but lets the answer arrive.
 
     Closed at once, with bytes of the client's unread, the connection would be reset, and most clients would report
-    that instead of the answer.
+    that instead of the answer. So for a moment the rest is received and thrown away.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -96,6 +96,8 @@ class Lingering:
             return message
 
         async def lingering(message: Message) -> None:
+            if message["type"] == "http.response.start" and not received:
+                MutableHeaders(scope=message)["Connection"] = "close"
             if message["type"] != "http.response.body" or message.get("more_body", False) or received:
                 return await send(message)
             await send({**message, "more_body": True})
