@@ -1,24 +1,18 @@
 """The report in a real browser: light, dark, on a phone and on paper."""
 
 import base64
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import fresh_browser, requested, show_as
 from forged_runs import write_run
 
 from fcn_dist.commands.entry import run_script
 
 pytestmark = pytest.mark.slow
 
-BROWSER, DRIVER = "chromium", "chromedriver"
-SWITCHES = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-)
 THEMES = ("light", "dark")
 DESKTOP, PHONE = 1200, 360
 LEAST_CONTRAST = 4.5  # WCAG 2.1, 1.4.3, of text
@@ -63,19 +57,8 @@ return {sizes: boxes.map(box => [box.width, box.height]), out: out, smallest: Ma
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A fresh headless Chromium; the tests skip where there is none."""
-    paths = [shutil.which(name) for name in (BROWSER, DRIVER)]
-    if None in paths:
-        pytest.skip(f"{BROWSER} and {DRIVER} are not installed; tests/cluster/packages.sh installs them")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = paths[0]
-    for switch in (*SWITCHES, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(switch)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(paths[1]))
-    driver.set_page_load_timeout(60)
-    yield driver
-    driver.quit()
+    with fresh_browser(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
 
 
 @pytest.fixture(scope="module")
@@ -88,18 +71,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def show(browser: Any, page: Path, theme: str, width: int) -> None:
-    media = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    show_as(browser, theme, width)
     browser.get(page.as_uri())
     browser.execute_script("for (const one of document.querySelectorAll('details')) one.open = true;")
-
-
-def requested(browser: Any) -> list[str]:
-    """Addresses that anything on the page asked for."""
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    return [one["params"]["request"]["url"] for one in messages if one["method"] == "Network.requestWillBeSent"]
 
 
 @pytest.mark.parametrize("name", ["one", "several"])

@@ -29,6 +29,7 @@ COMMANDS = {
 EXTRAS = {
     "train": {"deepspeed", "webdataset", "scipy"},
     "onnx": {"onnx", "onnxscript", "onnxruntime"},
+    "serve": {"fastapi", "starlette", "uvicorn", "python_multipart"},
 }
 
 # The script launch/train.py is always a rank; the command starts as many as are asked for.

@@ -18,7 +18,7 @@ from fcn_dist.commands.views import add_views, views_of
 from fcn_dist.console import console
 from fcn_dist.deploy.imagefiles import RECORD_NAME, Job, plan, read_rgb
 from fcn_dist.deploy.pictures import distinct, picture_with_legend, short_name, write_png
-from fcn_dist.deploy.predict import AUTO, PRECISIONS, Predictor
+from fcn_dist.deploy.predict import AUTO, PRECISIONS, Predictor, classes_found
 from fcn_dist.errors import UserError, named
 from fcn_dist.files import replacing, write_text
 from fcn_dist.model.devices import keep_freed_memory
@@ -103,7 +103,7 @@ class Labelling:
             "height": image.shape[0],
             "model": predictor.info.path.name,
             "outputs": [str(path) for path in job.outputs],
-            "classes": _classes_found(labels, predictor.classes),
+            "classes": classes_found(labels, predictor.classes),
         }
         self.outcome.figures.append(figures)
         self._append(figures)
@@ -173,21 +173,6 @@ def _parser() -> argparse.ArgumentParser:
 def _write_gray(path: Path, values: NDArray[np.uint8]) -> None:
     with replacing(path) as partial:
         Image.fromarray(values).save(partial, format="PNG")
-
-
-def _classes_found(labels: NDArray[np.uint8], classes: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Label, name, pixels and share of each class in the picture, the largest first."""
-    counts = np.bincount(labels.ravel(), minlength=len(classes) + 1)
-    return [
-        {
-            "label": int(label),
-            "name": classes[label - 1] if label else "other",
-            "pixels": int(counts[label]),
-            "share": int(counts[label]) / labels.size,
-        }
-        for label in np.argsort(-counts, kind="stable")
-        if counts[label]
-    ]
 
 
 def _print_summary(outcome: Outcome, predictor: Predictor, output_dir: Path) -> None:

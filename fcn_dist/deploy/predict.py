@@ -138,6 +138,21 @@ class Predictor:
         return torch.from_numpy(image.copy()).unsqueeze(0).to(self.device)
 
 
+def classes_found(labels: NDArray[np.uint8], classes: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Label, name, pixels and share of each class in the picture, the largest first."""
+    counts = np.bincount(labels.ravel(), minlength=len(classes) + 1)
+    return [
+        {
+            "label": int(label),
+            "name": classes[label - 1] if label else "other",
+            "pixels": int(counts[label]),
+            "share": int(counts[label]) / labels.size,
+        }
+        for label in np.argsort(-counts, kind="stable")
+        if counts[label]
+    ]
+
+
 def _device(name: str | torch.device | None) -> torch.device:
     """The device of that name, tried out."""
     if name is None:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fcn_dist.deploy.pictures import distinct, short_name
-from fcn_dist.deploy.predict import Predictor
+from fcn_dist.deploy.predict import Predictor, classes_found
 from fcn_dist.serving.limits import Limits
 
 FORMATS = {"json": "application/json", "png": "image/png"}  # the first where any will do
@@ -42,22 +42,12 @@ def label_png(labels: NDArray[np.uint8]) -> bytes:
 
 def figures(name: str, labels: NDArray[np.uint8], predictor: Predictor) -> dict[str, Any]:
     """Label, name, pixels and share of each class in the image, the largest first."""
-    counts = np.bincount(labels.ravel(), minlength=len(predictor.classes) + 1)
     return {
         "image": name,
         "width": labels.shape[1],
         "height": labels.shape[0],
         "model": predictor.info.path.name,
-        "classes": [
-            {
-                "label": int(label),
-                "name": predictor.classes[label - 1] if label else "other",
-                "pixels": int(counts[label]),
-                "share": int(counts[label]) / labels.size,
-            }
-            for label in np.argsort(-counts, kind="stable")
-            if counts[label]
-        ],
+        "classes": classes_found(labels, predictor.classes),
     }
 
 
