@@ -1,6 +1,8 @@
 """From a checkpoint to a model file that was proven. Real ranks are in test_zero.py; here the files are our own."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ from safetensors.torch import load_file
 from saved_run import IMAGE, STATE, save_run
 from tiny_models import DESCRIPTION, tiny_network
 
+from fcn_dist import files
 from fcn_dist.commands import convert as command
 from fcn_dist.commands.entry import run_script
+from fcn_dist.deploy import convert as convert_module
 from fcn_dist.deploy.convert import convert
 from fcn_dist.deploy.modelfile import read_model_file
 from fcn_dist.deploy.predict import Predictor
@@ -82,6 +86,24 @@ def test_a_failed_conversion_keeps_the_file_it_was_to_replace(tmp_path: Path) ->
     with pytest.raises(UserError, match="nothing was written"):
         convert(tmp_path / "run", tmp_path / "model.safetensors", overwrite=True)
     assert (tmp_path / "model.safetensors").read_text() == "precious"
+
+
+def test_a_disk_that_fails_while_the_file_is_proven_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux tells of it once; who flushes again is told nothing."""
+    save_run(tmp_path / "run")
+    disks = [OSError(errno.EIO, os.strerror(errno.EIO))]
+
+    def sync(path: Path) -> None:
+        if disks:
+            raise disks.pop()
+
+    for module in (convert_module, files):
+        monkeypatch.setattr(module, "sync", sync)
+    with pytest.raises(OSError, match="Input/output error"):
+        convert(tmp_path / "run", tmp_path / "model.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
 def test_an_output_that_exists_is_refused_unless_told_to_overwrite(tmp_path: Path) -> None:

@@ -82,8 +82,9 @@ def convert(
         write_model_file(partial, state, description, source, dtype, flush=False)
         state.check(checkpoint, dtype)
         with ThreadPoolExecutor(1) as flushing:  # the disk has time while the processor computes
-            flushing.submit(sync, partial)
+            flushed = flushing.submit(sync, partial)
             agreement = compare(partial, checkpoint, found.weights, dtype)
+            flushed.result()  # a disk tells only once that it failed
         if not agreement.difference <= agreement.tolerance:  # not a number fails, too
             raise UserError(
                 f"the model converted from {checkpoint.dir} does not give the scores that the training engine "
