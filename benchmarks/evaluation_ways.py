@@ -1,7 +1,8 @@
 """Ours and the plain way from images to labels and scores, with one network, and what each costs.
 
 Shapes: B images, H x W pixels, C outputs, h x w coarse cells. The plain way upsamples to full size, takes the softmax
-and the argmax there, and hands int64 labels over: what a script does that is written in a few lines.
+and the argmax there, and hands int64 labels over: what a script does that is written in a few lines, with convolutions
+of torch alone.
 """
 
 from collections.abc import Callable
@@ -83,6 +84,8 @@ def label(
     if way == "ours":
         keep_freed_memory()
         model = for_inference(model)
+    else:
+        model.fc6.by_columns = model.fc7.by_columns = False
     to_labels, matrix = WAYS[way], ConfusionMatrix(CLASSES)
 
     def forward(scene: Scene) -> Tensor:

@@ -49,12 +49,6 @@ VARIANTS = (
         {"precision": "bf16", "torch_pooling": True},
         "ReLU and pooling in torch's operations, not in Triton's kernels",
     ),
-    (
-        LOOKED_AT,
-        "training_ours:train",
-        {"precision": "bf16", "looks": True},
-        "log.layers=1: each layer's gradient and weights in every step, where the default is every hundredth",
-    ),
     ("peer, autocast", "training_peer:train", {"precision": "autocast", "compiled": False}, "bf16 autocast"),
     (
         "peer, autocast, compiled",
@@ -75,6 +69,12 @@ VARIANTS = (
         "torch.compile of forward and loss",
     ),
     ("ours, fp32", "training_ours:train", {"precision": "fp32"}, "launch/train.py's step, zero1_fp32.json"),
+    (
+        LOOKED_AT,
+        "training_ours:train",
+        {"precision": "bf16", "looks": True},
+        "log.layers=1: each layer's gradient and weights in every step, where the default is every hundredth",
+    ),
 )
 # In this order a time limit cuts off what matters least.
 
