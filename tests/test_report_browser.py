@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import fresh_browser, requested, show_as
+from browsing import CONTRASTS, fresh_browser, requested, show_as
 from forged_runs import write_run
 
 from fcn_dist.commands.entry import run_script
@@ -17,28 +17,6 @@ THEMES = ("light", "dark")
 DESKTOP, PHONE = 1200, 360
 LEAST_CONTRAST = 4.5  # WCAG 2.1, 1.4.3, of text
 
-# What is wrong with each text: its contrast with what it stands on, by WCAG's definition.
-CONTRASTS = """
-const channel = c => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
-const luminance = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
-const parse = text => text.match(/[\\d.]+/g).map(Number);
-const ground = element => {
-  for (let one = element; one; one = one.parentElement) {
-    const colour = parse(getComputedStyle(one).backgroundColor);
-    if (colour.length === 3 || colour[3] === 1) return colour;
-  }
-  return [255, 255, 255];
-};
-const found = [];
-for (const element of document.querySelectorAll("body *")) {
-  const own = [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim());
-  if (!own || !element.getClientRects().length) continue;
-  const style = getComputedStyle(element), inChart = element instanceof SVGElement;
-  const [a, b] = [luminance(parse(inChart ? style.fill : style.color)), luminance(ground(element))];
-  found.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), element.textContent.trim().slice(0, 40)]);
-}
-return found;
-"""
 # Charts and pictures with their sizes, and texts that stick out of the chart they are in.
 SIZES = """
 const boxes = [...document.querySelectorAll("svg, img")].map(one => one.getBoundingClientRect());

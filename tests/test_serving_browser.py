@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browsing import fresh_browser, requested, show_as
+from browsing import CONTRASTS, fresh_browser, requested, show_as
 from numpy.typing import NDArray
 from PIL import Image
 from served import Served, running
@@ -42,27 +42,6 @@ transfer.items.add(new File([Uint8Array.from(atob(encoded), one => one.charCodeA
 const event = kind === "paste" ? new ClipboardEvent(kind, {clipboardData: transfer, bubbles: true})
                                : new DragEvent(kind, {dataTransfer: transfer, bubbles: true, cancelable: true});
 document.body.dispatchEvent(event);
-"""
-# Each visible text's contrast with what it stands on, by WCAG's definition; colours over pictures are left out.
-CONTRASTS = """
-const channel = c => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
-const luminance = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
-const parse = text => text.match(/[\\d.]+/g).map(Number);
-const ground = element => {
-  for (let one = element; one; one = one.parentElement) {
-    const colour = parse(getComputedStyle(one).backgroundColor);
-    if (colour.length === 3 || colour[3] === 1) return colour;
-  }
-  return [255, 255, 255];
-};
-const found = [];
-for (const element of document.querySelectorAll("body *")) {
-  const own = [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim());
-  if (!own || !element.getClientRects().length) continue;
-  const [a, b] = [luminance(parse(getComputedStyle(element).color)), luminance(ground(element))];
-  found.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), element.textContent.trim().slice(0, 40)]);
-}
-return found;
 """
 
 

@@ -3,8 +3,8 @@
 import os
 import re
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
+from fcn_dist.addresses import shown_url
 from fcn_dist.errors import UserError
 from fcn_dist.files import default_cache_dir, replacing, sha256
 
@@ -24,7 +24,7 @@ def local_copy(location: str | Path, digest: str | None = None) -> Path:
             raise UserError(f"{text} has SHA-256 {found}, and {digest} is needed; get the file again")
         return Path(text)
     url, _, fragment = text.partition("#")
-    shown = _shown(url)
+    shown = shown_url(url)
     if url.partition("://")[0] not in SCHEMES or "::" in url:
         schemes = ", ".join(f"{scheme}://" for scheme in SCHEMES)
         raise UserError(f"{shown} is no address that models are fetched from; one of {schemes} is needed")
@@ -55,27 +55,18 @@ def _fetch(url: str, wanted: str, copy: Path) -> None:
             store.get_file(path, str(partial))
             if (found := sha256(partial)) != wanted:
                 raise UserError(
-                    f"{_shown(url)} has SHA-256 {found}, and {wanted} is needed; it is not the file that was meant; "
+                    f"{shown_url(url)} has SHA-256 {found}, and {wanted} is needed; it is not the file that was meant; "
                     "ask whoever gave you the address"
                 )
     except UserError:
         raise
     except ImportError as error:
         raise UserError(
-            f"{_shown(url)} cannot be read: {error}; pip install 'fcn-dist[{url.partition(':')[0]}]'"
+            f"{shown_url(url)} cannot be read: {error}; pip install 'fcn-dist[{url.partition(':')[0]}]'"
         ) from error
     except Exception as error:  # each store's client raises kinds of its own
-        # What it says may hold the address with what _shown leaves out.
+        # What it says may hold the address with what shown_url leaves out.
         reason = f"HTTP status {error.status}" if hasattr(error, "status") else type(error).__name__
         raise UserError(
-            f"{_shown(url)} cannot be fetched ({reason}); check the address, the network and the credentials for it"
+            f"{shown_url(url)} cannot be fetched ({reason}); check the address, the network and the credentials for it"
         ) from error
-
-
-def _shown(url: str) -> str:
-    """Without user, password and query, which may be secrets."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return url.partition(":")[0] + ":..."
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

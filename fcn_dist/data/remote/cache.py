@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from fcn_dist.addresses import shown_url
 from fcn_dist.data.flocks import Patience, holding, is_at, lock, unlock_and_close
 from fcn_dist.data.remote.cachespace import PARTIAL, allocate, make_room, usable
-from fcn_dist.data.remote.urls import Retries, read_blocks, shown_url
+from fcn_dist.data.remote.urls import Retries, read_blocks
 from fcn_dist.errors import UserError
 from fcn_dist.files import default_cache_dir
 from fcn_dist.sizes import parse_size, show_size

@@ -10,8 +10,8 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from urllib.parse import urlsplit, urlunsplit
 
+from fcn_dist.addresses import shown_url
 from fcn_dist.data.remote.transfer import blocks, opened, status_of, store_class
 from fcn_dist.errors import UserError
 
@@ -70,15 +70,6 @@ def check_url(url: str) -> None:
         known = re.match(r"[^:]*://.", url) is not None
     if not known:
         raise UserError(f"{shown_url(url)} is no address that fsspec knows; {ALLOWED} is needed")
-
-
-def shown_url(url: str) -> str:
-    """`url` as messages show it: without user, password and query, which may be secrets."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return url.partition(":")[0] + ":..."
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def read_start(url: str, size: int, retries: Retries = Retries()) -> bytes:
