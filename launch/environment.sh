@@ -1,9 +1,10 @@
 # Sourced by quickstart.sh and tests/run.sh: makes the environment in .venv, or takes the one that is there.
 # Needs Python 3.11 or newer and a C++ compiler (DeepSpeed builds its CPU communication with it).
-# PYTHON=... chooses the interpreter. EXTRAS=... names the package's extras to install (default: train).
+# PYTHON=... chooses the interpreter. EXTRAS=... names the package's extras to install (default: train,report).
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-extras=${EXTRAS:-train}
+usual=train,report
+extras=${EXTRAS:-$usual}
 python=${PYTHON:-}
 if [ -z "$python" ]; then
     for candidate in python3.11 python3 python; do
@@ -39,7 +40,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     fi
     # DeepSpeed's build looks for torch, so it must not be built in isolation from it.
     $pip install --no-build-isolation --editable "$root[$extras]"
-    echo "$wanted" | tee "$stamp" >"$root/.venv/installed-train" # every other extra that is installed here has it
+    echo "$wanted" | tee "$stamp" >"$root/.venv/installed-$usual" # every other extra that is installed here has these
 fi
 # shellcheck disable=SC1091
 . "$root/.venv/bin/activate"

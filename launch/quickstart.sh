@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a picture: makes the environment, renders scenes, packs, trains, converts, evaluates, predicts.
+# From nothing to a picture: makes the environment, renders scenes, packs, trains, converts, evaluates, reports,
+# predicts.
 #   bash launch/quickstart.sh [FOLDER]      results go to FOLDER, by default ./quickstart
 # Trains on all GPUs, or on two CPU ranks where there is none.
 set -euo pipefail
@@ -41,8 +42,10 @@ step python "$root/launch/convert.py" "$folder/run" "$folder/model.safetensors"
 # shellcheck disable=SC2086
 step $start "$root/launch/evaluate.py" --model "$folder/model.safetensors" --shards "$folder/shards" \
     --json "$folder/scores.json" --sheet "$folder/sheet.png"
+step python "$root/launch/report.py" "$folder/run"
 step python "$root/launch/predict.py" "$folder/model.safetensors" "$folder/scenes/images/validation" \
     --output "$folder/predictions"
 
 echo
-echo "done in $((SECONDS / 60)) min $((SECONDS % 60)) s; image, truth and prediction side by side: $folder/sheet.png"
+echo "done in $((SECONDS / 60)) min $((SECONDS % 60)) s; the run on one page: $folder/run/report.html"
+echo "image, truth and prediction side by side: $folder/sheet.png"

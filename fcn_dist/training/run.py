@@ -45,65 +45,74 @@ def train(config: RunConfig) -> Scores | None:
 
 def _train(config: RunConfig, stop: StopRequest) -> Scores | None:
     ready = make_ready(config)
-    job, engine, average = ready.job, ready.engine, ready.average
-    rank, first_step = job.rank, ready.entry.first_step
+    job, rank, first_step = ready.job, ready.job.rank, ready.entry.first_step
     if ready.entry.finished:
         if rank.index == 0:
             print(f"{config.output} is trained to its last step, {job.steps}, already", flush=True)
         return None
-    data, plan, on_gpu = job.recipe.data, job.config.plan, job.device.type == "cuda"
-    todo = range(first_step, job.steps)
-    batches = build_loader(ready.shard_set, job.stream, plan, data, rank.index, todo, pin_memory=on_gpu)
     display = TrainingDisplay(job.steps, first_step, rank.world_size, ready.headline, shown=rank.index == 0)
     board = open_board(config.output, ready) if job.recipe.log.tensorboard and rank.index == 0 else None
     listeners = [display.hear, *([board.hear] if board else [])]
     journal = Journal(config.output, first_step, listeners) if rank.index == 0 else None
-    events = DeviceEvents() if on_gpu else None
+    events = DeviceEvents() if job.device.type == "cuda" else None
     clock = PhaseClock(first_step, events.mark) if events else PhaseClock(first_step)
     watchdog = start_watchdog(config.output / RANKS_DIR, rank, clock, job.recipe.train.watchdog)
     logs = kept_in(config.output / RANKS_DIR / f"rank-{rank.index:05d}.log")
     closing_board = closing(board) if board else nullcontext()
-    with watchdog, waits_measured(clock), logs, closing_board, display as progress:
-        keeper = Keeper(config.output, job, ready.record, engine, average, progress, journal, ready.entry.last)
-        scores = ready.entry.scores
-        scorer = Scorer(
-            ready.model, engine, average, ready.validation, job, clock, progress, journal, scores, config.output
-        )
+    with watchdog, waits_measured(clock), logs, closing_board, display:
         if journal:
             command = ready.record.command
             journal.write("start", first_step, world_size=rank.world_size, steps=job.steps, command=command)
-        bad_samples = BadSamples(data.max_bad_samples, rank, progress, journal)
-        intake = Intake(batches, plan.accumulation, rank, job.device, bad_samples, stop)
-        check = StepCheck(job, engine, ready.shard_set, config.output, progress, journal)
-        meter = Meter(job.device, clock)
-        trainer = Trainer(
-            job=job,
-            engine=engine,
-            intake=intake,
-            check=check,
-            shortage=Shortage(job, engine, check, meter, config.output, ready.record, progress, journal),
-            average=average,
-            meter=meter,
-            layers=LayerReport(engine, job.recipe.log.layers, journal),
-            pace=PaceReport(rank, clock, events, first_step, progress, journal),
-            clock=clock,
-            progress=progress,
-            journal=journal,
-            scorer=scorer,
-            keeper=keeper,
-        )
-        with keeper:
+        trainer = build_trainer(config.output, ready, stop, display, journal, clock, events)
+        with trainer.keeper:
             done = trainer.train_steps(first_step)
         stop.saving = True
         clock.enter(Phase.SAVING)
-        keeper.close(done, scorer.summary)
-        if summary := bad_samples.summary():
-            progress.say(summary)
+        trainer.keeper.close(done, trainer.scorer.summary)
+        if summary := trainer.intake.bad_samples.summary():
+            display.say(summary)
     if ready.lock:
         ready.lock.release()
     if done < job.steps:
-        raise stopped(job, keeper, stop, done)
-    return scorer.last
+        raise stopped(job, trainer.keeper, stop, done)
+    return trainer.scorer.last
+
+
+def build_trainer(
+    run_dir: Path,
+    ready: Ready,
+    stop: StopRequest,
+    display: TrainingDisplay,
+    journal: Journal | None,
+    clock: PhaseClock,
+    events: DeviceEvents | None,
+) -> Trainer:
+    """Who does what in a step. All ranks call it."""
+    job, engine, average, entry = ready.job, ready.engine, ready.average, ready.entry
+    rank, data, plan = job.rank, job.recipe.data, job.config.plan
+    todo, on_gpu = range(entry.first_step, job.steps), job.device.type == "cuda"
+    batches = build_loader(ready.shard_set, job.stream, plan, data, rank.index, todo, pin_memory=on_gpu)
+    bad_samples = BadSamples(data.max_bad_samples, rank, display, journal)
+    check = StepCheck(job, engine, ready.shard_set, run_dir, display, journal)
+    meter = Meter(job.device, clock)
+    return Trainer(
+        job=job,
+        engine=engine,
+        intake=Intake(batches, plan.accumulation, rank, job.device, bad_samples, stop),
+        check=check,
+        shortage=Shortage(job, engine, check, meter, run_dir, ready.record, display, journal),
+        average=average,
+        meter=meter,
+        layers=LayerReport(engine, job.recipe.log.layers, journal),
+        pace=PaceReport(rank, clock, events, entry.first_step, display, journal),
+        clock=clock,
+        progress=display,
+        journal=journal,
+        scorer=Scorer(
+            ready.model, engine, average, ready.validation, job, clock, display, journal, entry.scores, run_dir
+        ),
+        keeper=Keeper(run_dir, job, ready.record, engine, average, display, journal, entry.last),
+    )
 
 
 def open_board(run_dir: Path, ready: Ready) -> TensorBoard:
