@@ -22,6 +22,7 @@ from measure import Contender, Measured
 from tables import Table, Target, one_line, targets_table, write_report
 
 from fcn_dist.console import run_command
+from fcn_dist.model.columns import takes_columns
 from fcn_dist.recipefile import load_recipe
 from fcn_dist.sizes import show_size
 from fcn_dist.training.deepspeed_config import read_deepspeed_config, resolve
@@ -118,17 +119,18 @@ def beside(setting: Setting, options: argparse.Namespace, limit: float) -> Measu
     except RuntimeError as error:
         one.problem = str(error)
         return one
-    one.rounds.append({"planned": round(predicted(setting, values, options.outputs)), "measured": most})
+    one.rounds.append({"planned": round(predicted(setting, values, options.outputs, options.device)), "measured": most})
     return one
 
 
-def predicted(setting: Setting, values: Sequence[str], outputs: int) -> float:
+def predicted(setting: Setting, values: Sequence[str], outputs: int, device: str) -> float:
     """Bytes, by the planner."""
     recipe = load_recipe(None, [*values, "schedule.steps=1", "schedule.learning_rate=1e-4"])
     config = resolve(read_deepspeed_config(setting.config), recipe, setting.ranks)
     partition = Partition.of(config.values["zero_optimization"], config.precision, setting.ranks)
     steps = footprint(recipe, outputs, DTYPES[config.precision], setting.recompute_stages)
-    weights = Weights.of(without_content(recipe.model, outputs))
+    by_columns = takes_columns(device, DTYPES[config.precision])
+    weights = Weights.of(without_content(recipe.model, outputs), by_columns)
     return held(weights, partition, steps.step(setting.micro_batch)).most
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from fcn_dist.training.footprint import Footprint, Moment, Step
+from fcn_dist.config import ModelConfig
+from fcn_dist.model.columns import CELLS_AT_ONCE
+from fcn_dist.training.footprint import Footprint, Moment, Step, without_content
 from fcn_dist.training.memoryplan import Held, Partition, Weights, held, largest_micro_batch, sent
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +58,16 @@ def test_stage_1_keeps_whole_gradients_while_it_accumulates() -> None:
     found = held(WEIGHTS, Partition(1, "bfloat16", 4, accumulates=True), steps().step(1))
     assert found.gradients == 2 * WEIGHTS.all
     assert held(WEIGHTS, Partition(2, "bfloat16", 4, accumulates=True), steps().step(1)).gradients == WEIGHTS.all / 2
+
+
+def test_by_columns_the_largest_weight_is_not_laid_out_but_for_its_gradient() -> None:
+    """fc6 of half the width: 256 x 49 weights for each of 2048 outputs, and two columns of as many for each cell."""
+    model = without_content(ModelConfig(width=0.5), 5)
+    plain, by_columns = Weights.of(model), Weights.of(model, by_columns=True)
+    assert plain.largest == by_columns.largest == 2048 * 256 * 49
+    one = Partition(0, "float32", 1)
+    more = held(plain, one, steps().step(8)).activations - held(by_columns, one, steps().step(8)).activations
+    assert more == 4 * (2 * plain.largest - 2 * CELLS_AT_ONCE * 256 * 49)
 
 
 def test_an_update_takes_the_norm_of_the_largest_weight_or_of_a_rank_s_part_in_float64() -> None:

@@ -142,7 +142,7 @@ def _client_sockets(url: str) -> int:
     for name in Path("/proc/self/fd").iterdir():
         try:
             with socket.socket(fileno=os.dup(int(name.name))) as connection:
-                count += connection.getpeername()[1] == port
+                count += connection.family != socket.AF_UNIX and connection.getpeername()[1] == port
         except OSError:
             continue
     return count

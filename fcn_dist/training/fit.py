@@ -11,6 +11,7 @@ import torch
 from fcn_dist.config import Recipe
 from fcn_dist.console import status_console
 from fcn_dist.errors import UserError
+from fcn_dist.model.columns import takes_columns
 from fcn_dist.model.fcn import BATCH_NORM, FCN
 from fcn_dist.model.flops import convolutions
 from fcn_dist.model.freememory import free_memory
@@ -43,7 +44,8 @@ def fit(config: EngineConfig, recipe: Recipe, model: FCN, rank: Rank) -> tuple[E
         free += sum(parameter.nbytes for parameter in model.parameters())  # they become the engine's
     least = -largest_over_ranks(torch.tensor([-free], device=where), rank)
     memory = USABLE[where.type] * max(0, int(least) - RESERVE[where.type])
-    plan = on_rank_zero(rank, lambda: plan_within(memory, config, recipe, model))
+    by_columns = takes_columns(where.type, DTYPES[config.precision])
+    plan = on_rank_zero(rank, lambda: plan_within(memory, config, recipe, model, by_columns))
     if plan == config.plan:
         return config, []
     line = (
@@ -53,11 +55,11 @@ def fit(config: EngineConfig, recipe: Recipe, model: FCN, rank: Rank) -> tuple[E
     return config.cut(plan), [line]
 
 
-def plan_within(memory: float, config: EngineConfig, recipe: Recipe, model: FCN) -> BatchPlan:
-    """The cut with the largest micro-batches that fit, unless those that are planned do."""
+def plan_within(memory: float, config: EngineConfig, recipe: Recipe, model: FCN, by_columns: bool = False) -> BatchPlan:
+    """The cut with the largest micro-batches that fit, unless those that are planned do; `by_columns`: see Weights."""
     plan = config.plan
     zero = config.values.get("zero_optimization", {})
-    weights = Weights.of(model)
+    weights = Weights.of(model, by_columns)
     averages = recipe.train.ema is not None
     whole = Partition.of(zero, config.precision, plan.world_size, plan.accumulation > 1, averages)
     if at_most(model, whole, recipe, plan.micro_batch) <= memory:

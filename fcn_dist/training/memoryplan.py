@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fcn_dist.model.columns import CELLS_AT_ONCE
 from fcn_dist.model.fcn import FCN
 from fcn_dist.training.footprint import Footprint, Step
 
@@ -27,12 +28,16 @@ class Weights(NamedTuple):
 
     all: int
     largest: int
+    layouts: int = LAYOUTS  # of the largest
+    columns: int = 0  # in its stead, see columns.py
 
     @classmethod
-    def of(cls, model: FCN) -> "Weights":
-        """Those of `model`."""
+    def of(cls, model: FCN, by_columns: bool = False) -> "Weights":
+        """Those of `model`; `by_columns` says that fc6 is multiplied so, which lays out its gradient alone."""
         sizes = [parameter.numel() for parameter in model.parameters()]
-        return cls(sum(sizes), max(sizes))
+        if not by_columns:
+            return cls(sum(sizes), max(sizes))
+        return cls(sum(sizes), max(sizes), 1, 2 * CELLS_AT_ONCE * model.fc6.weight[0].numel())
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,9 @@ def held(weights: Weights, partition: Partition, step: Step) -> Held:
         # is there once more while it is on its way; and gradients have a place that is never given back.
         buffers += (weights.all * size + largest if partition.world_size > 1 else 0) + gradients
     fixed = parameters + optimizer + buffers
-    forward = step.forward.activations + (LAYOUTS - 1) * largest  # no gradient yet
-    head = step.head.activations + step.head.gradients * partitioned + LAYOUTS * largest
+    columns = weights.columns * size
+    forward = step.forward.activations + (weights.layouts - 1) * largest + columns  # no gradient yet
+    head = step.head.activations + step.head.gradients * partitioned + weights.layouts * largest + columns
     trunk = step.trunk.activations + step.trunk.gradients * partitioned
     # DeepSpeed's optimizer for stage 0 in 16 bits takes no norm in float64.
     norm = NORM * min(weights.largest, weights.all * partition.share(1)) if partition.stage or size == MASTER else 0
