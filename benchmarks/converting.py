@@ -26,8 +26,18 @@ RANK_SCRIPT = Path(__file__).with_name("converting_rank.py")
 WAYS: tuple[tuple[str, str, dict[str, bool], str], ...] = (
     ("DeepSpeed", "deepspeed", {"safe": False}, "torch's own form, its default; no check"),
     ("DeepSpeed, safetensors", "deepspeed", {"safe": True}, "no check"),
-    ("ours, unproven", "unproven", {}, "masters held against the 16-bit weights; no hash, flush or proof"),
-    ("ours", "proven", {}, "all files hashed, numbers finite, flushed, read back, scores of the probe compared"),
+    (
+        "ours, unproven",
+        "unproven",
+        {},
+        "weights held against their CRC-32, masters against the 16-bit weights; no flush or proof",
+    ),
+    (
+        "ours",
+        "proven",
+        {},
+        "as the command does: numbers finite, too, flushed, read back, scores of the probe compared",
+    ),
 )
 MOST_MEMORY = 1.2  # of the float32 weights, and a rank's file besides
 

@@ -4,10 +4,14 @@ import hashlib
 import os
 import secrets
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 
 from fcn_dist.errors import UserError
+
+FLUSHED_EVERY = 0.3  # seconds; each time costs, as a file that grows has its size written, too
 
 
 @contextmanager
@@ -27,6 +31,28 @@ def replacing(path: Path, flush: bool = True) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
     if flush:
         sync(path.parent)
+
+
+@contextmanager
+def flushing(path: Path) -> Iterator[None]:
+    """Flush to disk what the block writes to the file, all along: at its end little is left to wait for.
+
+    Raises OSError if the disk failed: it tells so once, to whoever had the file open.
+    """
+    with path.open("ab") as file, ThreadPoolExecutor(1) as pool:
+        over = Event()
+        flushed = pool.submit(_flush_until, over, file.fileno())
+        try:
+            yield
+        finally:
+            over.set()
+        flushed.result()
+
+
+def _flush_until(over: Event, descriptor: int) -> None:
+    while not over.wait(FLUSHED_EVERY):
+        os.fdatasync(descriptor)
+    os.fsync(descriptor)
 
 
 def write_text(path: Path, text: str, flush: bool = True) -> None:

@@ -53,7 +53,10 @@ def save_run(
         "module": model.state_dict(),
         "parameter_groups": [[name for name, _ in model.named_parameters()]],
         "optimizer": {
-            "state": {n: {"ema": p.data} for n, p in enumerate(averaged.parameters())} if averaged else {},
+            "state": {
+                n: {"exp_avg": torch.rand_like(p), **({"ema": mean.data} if averaged else {})}
+                for n, (p, mean) in enumerate(zip(model.parameters(), (averaged or model).parameters(), strict=True))
+            },
         },
         "buffer_names": [],
         "global_steps": step,

@@ -13,10 +13,8 @@ from safetensors.torch import load_file
 from saved_run import IMAGE, STATE, save_run
 from tiny_models import DESCRIPTION, tiny_network
 
-from fcn_dist import files
 from fcn_dist.commands import convert as command
 from fcn_dist.commands.entry import run_script
-from fcn_dist.deploy import convert as convert_module
 from fcn_dist.deploy.convert import convert
 from fcn_dist.deploy.modelfile import read_model_file
 from fcn_dist.deploy.predict import Predictor
@@ -95,12 +93,12 @@ def test_a_disk_that_fails_while_the_file_is_proven_leaves_none(
     save_run(tmp_path / "run")
     disks = [OSError(errno.EIO, os.strerror(errno.EIO))]
 
-    def sync(path: Path) -> None:
+    def flush(descriptor: int) -> None:
         if disks:
             raise disks.pop()
 
-    for module in (convert_module, files):
-        monkeypatch.setattr(module, "sync", sync)
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, flush)
     with pytest.raises(OSError, match="Input/output error"):
         convert(tmp_path / "run", tmp_path / "model.safetensors")
     assert {path.name for path in tmp_path.iterdir()} == {"run"}

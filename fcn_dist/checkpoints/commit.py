@@ -24,6 +24,7 @@ class WrittenFile:
 
     size: int  # bytes
     sha256: str  # of what was to be written, not of what is read back
+    records_sha256: str | None = None  # of the list in records.py, if torch wrote it
 
 
 def prepare(run_dir: Path, step: int) -> Path:

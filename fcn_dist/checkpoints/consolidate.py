@@ -14,9 +14,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from fcn_dist.checkpoints.records import check_storages
 from fcn_dist.checkpoints.savedfiles import SavedFiles, of_deepspeeds_form, open_files
 from fcn_dist.checkpoints.trainingstate import AVERAGE_KEY, SplitTensor, Trained, training_state
 from fcn_dist.checkpoints.universal import is_universal, read_universal
+from fcn_dist.checkpoints.zero import holdings
 from fcn_dist.errors import UserError, named
 from fcn_dist.model.auxiliary import PREFIX, head_shapes
 from fcn_dist.model.fcn import FCN
@@ -61,7 +63,7 @@ def consolidate(folder: Path, model: FCN, weights: Weights | None = None) -> Con
 
     The weights are the averaged ones where there are any, unless `weights` says which. Auxiliary heads are left out.
     Raises UserError unless every parameter and buffer is there, whole, in its shape, and nothing else is, of heads
-    likewise if there are any.
+    likewise if there are any; ValueError if the bytes of one are not those that were written.
     """
     if is_universal(folder):
         files, found = read_universal(folder)
@@ -69,17 +71,30 @@ def consolidate(folder: Path, model: FCN, weights: Weights | None = None) -> Con
         files = open_files(folder)
         with of_deepspeeds_form(folder):
             found = training_state(files)
+    chosen = weights or ("averaged" if _has_averages(found.trained) else "trained")
+    masters = {name: trained.master for name, trained in found.trained.items()}
+    kept = _averages(found.trained, folder) if chosen == "averaged" else masters
     with of_deepspeeds_form(folder):
-        masters = {name: trained.master for name, trained in found.trained.items()}
+        read = list(_read_of(files, chosen))
+    check_storages(read, folder)
+    with of_deepspeeds_form(folder):
         if files.stage < 3:
             _check_agreement(masters, files)
-        chosen = weights or ("averaged" if _has_averages(found.trained) else "trained")
-        if chosen == "averaged":
-            masters = _averages(found.trained, folder)
         buffers = {
             name: SplitTensor(tuple(buffer.shape), (buffer.reshape(-1),)) for name, buffer in found.buffers.items()
         }
-        return _complete({**found.frozen, **masters, **buffers}, model, chosen, files)
+        return _complete({**found.frozen, **kept, **buffers}, model, chosen, files)
+
+
+def _read_of(files: SavedFiles, weights: Weights) -> Iterator[Tensor]:
+    """The tensors that are looked at, as they were saved; of a universal checkpoint those of the model files."""
+    for module in files.modules:
+        yield from (tensor for tensor in module["module"].values() if isinstance(tensor, Tensor))
+        yield from (module.get("frozen_param_fragments") or {}).values()
+    for holding in holdings(files):
+        yield holding.masters
+        if weights == "averaged":
+            yield holding.state[AVERAGE_KEY]
 
 
 def _complete(state: dict[str, SplitTensor], model: FCN, weights: Weights, files: SavedFiles) -> Consolidated:

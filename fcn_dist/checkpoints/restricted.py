@@ -39,6 +39,10 @@ STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 ]
 
 
+class Unreadable(UserError):
+    """A file that is none of torch's any more."""
+
+
 def load_restricted(path: Path) -> dict[str, Any]:
     """The dictionary in `path`, its tensors mapped from the file on the CPU.
 
@@ -63,7 +67,7 @@ def load_content(path: Path) -> Any:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except (RuntimeError, ValueError, TypeError, KeyError, EOFError, OSError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(
+            raise Unreadable(
                 f"{path} cannot be read ({reason}); a file as DeepSpeed saved it is needed; restore it from a copy, "
                 "or use another step"
             ) from error

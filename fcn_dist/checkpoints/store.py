@@ -13,12 +13,13 @@ checkpoints/
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from fcn_dist.checkpoints.records import check_descriptions, records_sha256
 from fcn_dist.errors import UserError
 from fcn_dist.files import sha256
 
@@ -28,8 +29,10 @@ PROBE_NAME = "probe.safetensors"
 PROBE_SCORES = {"trained": "scores", "averaged": "averaged_scores"}  # names of the tensors, by weights
 LATEST_NAME = "latest"
 STEP_NAME = re.compile(r"step-\d{8,}")  # and not a copy that someone keeps beside it
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HASHING_THREADS = 8
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,13 @@ def open_checkpoint(run_dir: Path, step: int | None = None) -> tuple[Checkpoint,
 
     Every file's size and SHA-256 is compared. Raises UserError if there is none, or none is whole.
     """
+    return newest(run_dir, step, lambda folder: _check(folder, _problem))
+
+
+def newest(run_dir: Path, step: int | None, read: Callable[[Path], Found]) -> tuple[Found, list[Damage]]:
+    """What `read` finds in the newest checkpoint that it raises neither OSError, KeyError, TypeError nor ValueError
+    for, or in that of `step`, and the newer ones passed over.
+    """
     if not run_dir.is_dir():
         raise UserError(f"no run folder {run_dir}; give the folder that launch/train.py wrote with --output")
     folders = committed(run_dir)
@@ -101,7 +111,7 @@ def open_checkpoint(run_dir: Path, step: int | None = None) -> tuple[Checkpoint,
     damages: list[Damage] = []
     for folder in folders:
         try:
-            return Checkpoint(folder, _read_whole(folder)), damages
+            return read(folder), damages
         except (OSError, KeyError, TypeError, ValueError) as error:
             damages.append(Damage(folder, str(error)))
     if not damages:
@@ -157,22 +167,48 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _read_whole(folder: Path) -> CheckpointState:
-    """The state of a checkpoint whose files are all as its manifest says; any error names what is not."""
+def check_listed(folder: Path) -> Checkpoint:
+    """A checkpoint whose files are there in their sizes, with the records that torch wrote: their storages may differ.
+
+    Raises OSError, KeyError, TypeError or ValueError if something is not as it was written.
+    """
+    return _check(folder, _problem_of_list)
+
+
+def _check(folder: Path, problem_of: Callable[[Path, str, Mapping[str, Any]], str]) -> Checkpoint:
+    """A checkpoint none of whose files has a problem; any error names what is not as its manifest says."""
     manifest = _read_manifest(folder)
     records = manifest["files"].items()
     with ThreadPoolExecutor(min(HASHING_THREADS, len(records) or 1)) as pool:
-        for problem in pool.map(lambda item: _problem(folder, *item), records):
+        for problem in pool.map(lambda item: problem_of(folder, *item), records):
             if problem:
                 raise ValueError(problem)
-    return CheckpointState(**manifest["state"])
+    return Checkpoint(folder, CheckpointState(**manifest["state"]))
 
 
-def _problem(folder: Path, name: str, record: dict[str, Any]) -> str:
+def _problem(folder: Path, name: str, record: Mapping[str, Any]) -> str:
     """What is wrong with a file; empty if nothing is."""
+    if problem := _problem_of_size(folder, name, record):
+        return problem
+    return "" if sha256(folder / name) == record["sha256"] else f"{name} differs from its SHA-256 in the manifest"
+
+
+def _problem_of_list(folder: Path, name: str, record: Mapping[str, Any]) -> str:
+    """Likewise, but of what torch wrote only the list of its records, and those that are no storages."""
+    if not record["records_sha256"]:
+        return _problem(folder, name, record)
+    if problem := _problem_of_size(folder, name, record):
+        return problem
+    if records_sha256(folder / name) != record["records_sha256"]:
+        return f"the list of records in {name} differs from its SHA-256 in the manifest"
+    check_descriptions(folder / name)
+    return ""
+
+
+def _problem_of_size(folder: Path, name: str, record: Mapping[str, Any]) -> str:
     path = folder / name
     if not path.is_file():
         return f"{name} is missing"
     if path.stat().st_size != record["size"]:
         return f"{name} has {path.stat().st_size} bytes, {record['size']} are needed"
-    return "" if sha256(path) == record["sha256"] else f"{name} differs from its SHA-256 in the manifest"
+    return ""

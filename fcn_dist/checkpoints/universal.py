@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fcn_dist.checkpoints.records import check_storages
 from fcn_dist.checkpoints.restricted import load_content, load_restricted
 from fcn_dist.checkpoints.savedfiles import SavedFiles, find_files, of_deepspeeds_form
 from fcn_dist.checkpoints.trainingstate import COUNTERS, SplitTensor, Trained, TrainingState, frozen_weights
@@ -31,7 +32,8 @@ def is_universal(folder: Path) -> bool:
 def read_universal(folder: Path) -> tuple[SavedFiles, TrainingState]:
     """What is in `folder`; the optimizer's tensors and the loss scale are not looked at.
 
-    Raises UserError if files are missing, cannot be read, or name anything but tensors and plain values.
+    Raises UserError if files are missing, cannot be read, or name anything but tensors and plain values; ValueError if
+    the bytes of a master are not those that were written.
     """
     model_files, _ = find_files(folder)
     modules = [load_restricted(path) for path in model_files]
@@ -47,14 +49,19 @@ def read_universal(folder: Path) -> tuple[SavedFiles, TrainingState]:
             raise UserError(
                 f"{folder} has no {MASTERS}/.../{MASTER_FILE} of {named(absent)}; run ds_to_universal again, whole"
             )
-        trained = {name: Trained(_master(folder, name, shape), {}) for name, shape in shapes.items()}
+        masters = {name: _master(folder, name, shape) for name, shape in shapes.items()}
+    check_storages(masters.values(), folder)
+    with of_deepspeeds_form(folder):
+        trained = {
+            name: Trained(SplitTensor(shapes[name], (master.reshape(-1),)), {}) for name, master in masters.items()
+        }
         first = modules[0]
         buffers = {name: first["module"][name] for name in first["buffer_names"]}
         counters = {name: int(first[name]) for name in COUNTERS}
         return files, TrainingState(trained, frozen_weights(files, shapes), buffers, {}, None, counters)
 
 
-def _master(folder: Path, name: str, shape: tuple[int, ...]) -> SplitTensor:
+def _master(folder: Path, name: str, shape: tuple[int, ...]) -> Tensor:
     path = folder / MASTERS / name / MASTER_FILE
     content: Any = load_content(path)
     tensor = content.get("param") if isinstance(content, Mapping) else content
@@ -65,4 +72,4 @@ def _master(folder: Path, name: str, shape: tuple[int, ...]) -> SplitTensor:
     ):
         found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
         raise UserError(f"{path} is {found}, and {name} is {shape} in the model; run ds_to_universal again")
-    return SplitTensor(shape, (tensor.reshape(-1),))
+    return tensor

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 
-from fcn_dist.checkpoints.consolidate import WEIGHTS, consolidate
-from fcn_dist.checkpoints.store import DEEPSPEED_TAG, open_checkpoint
+from fcn_dist.checkpoints.consolidate import WEIGHTS
+from fcn_dist.checkpoints.weights import open_run
 from fcn_dist.commands.ranks import among_ranks
 from fcn_dist.commands.views import add_views, views_of
 from fcn_dist.console import console, status_console
@@ -23,7 +23,6 @@ from fcn_dist.deploy.modelfile import read_model_file
 from fcn_dist.deploy.pictures import Row, distinct, sheet, write_png
 from fcn_dist.errors import UserError
 from fcn_dist.files import write_text
-from fcn_dist.model.description import ModelDescription
 from fcn_dist.model.devices import keep_freed_memory
 from fcn_dist.model.fcn import FCN, torch_dtype
 from fcn_dist.model.inference import for_inference
@@ -139,15 +138,13 @@ def load(options: argparse.Namespace, shard_set: ShardSet) -> tuple[FCN, str]:
         model, info = read_model_file(options.model)
         check_classes(info.description.classes, shard_set)
         return model, str(options.model)
-    checkpoint, passed_over = open_checkpoint(options.run, options.step)
-    for damage in passed_over:
+    opened = open_run(options.run, options.step, options.weights)
+    for damage in opened.passed_over:
         status_console.print(f"passed over {damage.dir}: {damage.reason}")
-    description = ModelDescription.from_dict(checkpoint.state.model)
-    check_classes(description.classes, shard_set)
-    model = description.build()
-    found = consolidate(checkpoint.dir / DEEPSPEED_TAG, model, options.weights)
-    model.load_state_dict(found.state)
-    return model, f"{options.run} step {checkpoint.state.step} ({found.weights} weights)"
+    check_classes(opened.description.classes, shard_set)
+    model = opened.description.build()
+    model.load_state_dict(opened.found.state)
+    return model, f"{options.run} step {opened.checkpoint.state.step} ({opened.found.weights} weights)"
 
 
 def start_ranks(rank: Rank) -> None:

@@ -1,7 +1,6 @@
 """A run's checkpoint in, one model file out: proven by the scores that the training engine itself recorded."""
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,14 @@ from torch import Tensor
 
 import fcn_dist
 from fcn_dist.checkpoints.consolidate import Consolidated, Weights, consolidate
-from fcn_dist.checkpoints.store import (
-    DEEPSPEED_TAG,
-    PROBE_NAME,
-    PROBE_SCORES,
-    Checkpoint,
-    Damage,
-    open_checkpoint,
-    open_described,
-)
+from fcn_dist.checkpoints.store import PROBE_NAME, PROBE_SCORES, Checkpoint, Damage, open_described
 from fcn_dist.checkpoints.universal import is_universal
+from fcn_dist.checkpoints.weights import Opened, described, open_run
 from fcn_dist.deploy.card import model_card
-from fcn_dist.deploy.modelfile import check_new, write_model_file
+from fcn_dist.deploy.modelfile import check_new, write_content
 from fcn_dist.deploy.proof import Agreement, compare, open_probe
 from fcn_dist.errors import UserError, named
-from fcn_dist.files import replacing, sync
-from fcn_dist.model.description import ModelDescription
+from fcn_dist.files import flushing, replacing
 from fcn_dist.model.fcn import torch_dtype
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -68,23 +59,17 @@ def convert(
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; one of {', '.join(DTYPES)} is needed")
     check_new(out, overwrite)
-    checkpoint, files, passed_over = _open(Path(run), step)
-    description = _description(checkpoint)
-    with torch.device("meta"):
-        model = description.build()
-    found = consolidate(files, model, weights)
-    if weights is None and is_universal(files):
-        _check_averages(checkpoint, files)
+    opened = (
+        _open_universal(Path(run), step, weights) if is_universal(Path(run)) else open_run(Path(run), step, weights)
+    )
+    checkpoint, found = opened.checkpoint, opened.found
     _check_manifest(checkpoint, found)
     state = _Finite(found.state, torch_dtype(dtype))
-    with replacing(out) as partial:
+    with replacing(out) as partial, flushing(partial):
         source = _source(checkpoint, found, dtype)
-        write_model_file(partial, state, description, source, dtype, flush=False)
+        write_content(partial, state, opened.description, source, dtype)
         state.check(checkpoint, dtype)
-        with ThreadPoolExecutor(1) as flushing:  # the disk has time while the processor computes
-            flushed = flushing.submit(sync, partial)
-            agreement = compare(partial, checkpoint, found.weights, dtype)
-            flushed.result()  # a disk tells only once that it failed
+        agreement = compare(partial, checkpoint, found.weights, dtype)
         if not agreement.difference <= agreement.tolerance:  # not a number fails, too
             raise UserError(
                 f"the model converted from {checkpoint.dir} does not give the scores that the training engine "
@@ -92,37 +77,34 @@ def convert(
                 f"and at most {agreement.tolerance:.2g} is rounding; nothing was written; convert another --step"
             )
     return Conversion(
-        out, checkpoint, found.weights, tuple(passed_over), found.rounded, found.left_out, state.numbers, agreement
+        out, checkpoint, found.weights, opened.passed_over, found.rounded, found.left_out, state.numbers, agreement
     )
 
 
-def _open(run: Path, step: int | None) -> tuple[Checkpoint, Path, list[Damage]]:
-    """The checkpoint, the folder of its DeepSpeed files, and newer ones that were passed over."""
-    if not is_universal(run):
-        checkpoint, passed_over = open_checkpoint(run, step)
-        return checkpoint, checkpoint.dir / DEEPSPEED_TAG, passed_over
+def _open_universal(folder: Path, step: int | None, weights: Weights | None) -> Opened:
     if step is not None:
-        raise UserError(f"{run} is the universal checkpoint of one step; leave --step out")
-    return open_described(run.resolve().parent, PROBE_NAME), run, []
+        raise UserError(f"{folder} is the universal checkpoint of one step; leave --step out")
+    checkpoint = open_described(folder.resolve().parent, PROBE_NAME)
+    description = described(checkpoint)
+    with torch.device("meta"):
+        model = description.build()
+    try:
+        found = consolidate(folder, model, weights)
+    except ValueError as error:
+        raise UserError(f"{folder} is damaged: {error}; run ds_to_universal again, or copy it again") from error
+    if weights is None:
+        _check_averages(checkpoint, folder)
+    return Opened(checkpoint, description, found, ())
 
 
-def _check_averages(checkpoint: Checkpoint, files: Path) -> None:
+def _check_averages(checkpoint: Checkpoint, folder: Path) -> None:
     """ds_to_universal knows but Adam's tensors: nobody is to take trained weights for averaged ones."""
     with open_probe(checkpoint) as probe:
         if PROBE_SCORES["averaged"] in probe.keys():  # noqa: SIM118 - no mapping
             raise UserError(
-                f"the run of {files} averaged its weights, and ds_to_universal left the averages out; give --weights "
+                f"the run of {folder} averaged its weights, and ds_to_universal left the averages out; give --weights "
                 "trained to take the trained ones, or convert the run itself"
             )
-
-
-def _description(checkpoint: Checkpoint) -> ModelDescription:
-    try:
-        return ModelDescription.from_dict(checkpoint.state.model)
-    except (KeyError, TypeError, ValueError, UserError) as error:
-        raise UserError(
-            f"{checkpoint.dir} describes no network ({error!r}); a checkpoint of this version of fcn_dist is needed"
-        ) from error
 
 
 def _check_manifest(checkpoint: Checkpoint, found: Consolidated) -> None:

@@ -68,12 +68,25 @@ def write_model_file(
     description: ModelDescription,
     source: Mapping[str, Any],
     dtype: str | None = None,
-    flush: bool = True,
 ) -> None:
     """Write a model file that is whole or not there. `model_state` is that of `description.build()`.
 
-    It is asked for one tensor at a time. Parameters are stored as `dtype`, or, if it is None, as they are; buffers, of
-    a wide range, as they are in any case. `flush` as of files.replacing.
+    For the rest see `write_content`.
+    """
+    with replacing(path) as partial:
+        write_content(partial, model_state, description, source, dtype)
+
+
+def write_content(
+    path: Path,
+    model_state: Mapping[str, Tensor],
+    description: ModelDescription,
+    source: Mapping[str, Any],
+    dtype: str | None = None,
+) -> None:
+    """Write what a model file holds. `model_state` is asked for one tensor at a time.
+
+    Parameters are stored as `dtype`, or, if it is None, as they are; buffers, of a wide range, as they are in any case.
     """
     # The first key is that of the format's convention: who reads the tensors.
     metadata = {"format": "pt", METADATA_KEY: _text(description, source)}
@@ -85,8 +98,7 @@ def write_model_file(
         forms = {name: Form(tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
         parameters = {name for name, _ in model.named_parameters()}
         forms |= {name: Form(torch_dtype(dtype), forms[name].shape) for name in parameters}
-    with replacing(path, flush) as partial:
-        write_tensors(partial, model_state, forms, metadata)
+    write_tensors(path, model_state, forms, metadata)
 
 
 def write_tensors(

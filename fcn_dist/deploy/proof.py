@@ -15,6 +15,7 @@ from fcn_dist.checkpoints.consolidate import Weights
 from fcn_dist.checkpoints.store import PROBE_NAME, PROBE_SCORES, Checkpoint
 from fcn_dist.deploy.modelfile import read_model_file
 from fcn_dist.errors import UserError
+from fcn_dist.model.columns import takes_columns
 from fcn_dist.model.fcn import torch_dtype
 
 # Largest difference of any score, as a share of the largest score, by the coarsest arithmetic on either side. Weights
@@ -44,7 +45,8 @@ def compare(path: Path, checkpoint: Checkpoint, weights: Weights, dtype: str) ->
     precision = checkpoint.state.precision
     autocast = checkpoint.state.deepspeed.get("torch_autocast") or {}
     arithmetic = str(autocast.get("dtype", "bfloat16")) if autocast.get("enabled") else precision
-    model.fc6 = _InParts(model.fc6)  # type: ignore[assignment]
+    if not takes_columns(device.type, torch_dtype(precision)):
+        model.fc6 = _InParts(model.fc6)  # type: ignore[assignment]
     # The masters, or their averages, rounded to the engine's precision are what the engine computed with, to the bit.
     model.to(device, torch_dtype(precision))
     mixed = torch.autocast(device.type, torch_dtype(arithmetic)) if autocast.get("enabled") else nullcontext()

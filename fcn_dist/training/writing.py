@@ -12,6 +12,7 @@ from typing import IO, Any, cast
 import torch
 
 from fcn_dist.checkpoints.commit import WrittenFile
+from fcn_dist.checkpoints.records import records_sha256
 
 
 class Writing:
@@ -53,6 +54,7 @@ class Writing:
 
 def write_file(path: Path, content: Any) -> WrittenFile:
     """Write one file and flush it to disk. The hash is of the bytes as they went in: no disk has had them yet."""
+    records = None
     try:
         with path.open("xb", buffering=0) as file:
             hashing = _Hashing(file)
@@ -60,10 +62,11 @@ def write_file(path: Path, content: Any) -> WrittenFile:
                 hashing.write(content)
             else:
                 _save(content, hashing)
+                records = records_sha256(path)
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
-    return WrittenFile(hashing.size, hashing.sha256.hexdigest())
+    return WrittenFile(hashing.size, hashing.sha256.hexdigest(), records)
 
 
 def _save(content: Any, file: "_Hashing") -> None:

@@ -1,0 +1,65 @@
+"""What a file written by torch.save says of its own bytes: the name, size and CRC-32 of each record.
+
+Such a file is a zip, stored as it is. One record describes all objects, and each storage of tensors is one. Two thirds
+of what an optimizer saves are of no use to whoever wants the weights: with the list of records, which the manifest
+has the hash of, the weights alone are read and compared.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from zipfile import BadZipFile, ZipFile, ZipInfo
+
+import torch
+from torch import Tensor
+
+STORAGES = "data"  # the folder of storages' records; all others are small
+THREADS = 8
+
+
+def records_sha256(path: Path) -> str:
+    """The hash of a file's list of records. Raises ValueError if there is none."""
+    listed = [(record.filename, record.file_size, record.CRC, record.header_offset) for record in _records(path)]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def check_descriptions(path: Path) -> None:
+    """Compare all records but those of storages. Raises ValueError if one differs from its CRC-32."""
+    with ZipFile(path) as file:
+        for record in file.infolist():
+            if Path(record.filename).parent.name != STORAGES:
+                try:
+                    file.read(record)
+                except (BadZipFile, NotImplementedError, RuntimeError, OSError, EOFError) as error:
+                    raise ValueError(f"{path.name}: its record {record.filename} is damaged ({error})") from error
+
+
+def check_storages(tensors: Iterable[Tensor], folder: Path) -> None:
+    """Compare what tensors that were mapped from files in `folder` lie in with those files' records.
+
+    Raises ValueError if the bytes of a storage are those of no record, by size and CRC-32.
+    """
+    recorded = {(record.file_size, record.CRC) for path in folder.rglob("*.pt") for record in _records(path)}
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors if tensor.numel()}
+    largest_first = sorted(storages.values(), key=lambda storage: -storage.nbytes())
+    with ThreadPoolExecutor(THREADS) as pool:
+        for storage, found in zip(largest_first, pool.map(_crc, largest_first), strict=True):
+            if (storage.nbytes(), found) not in recorded:
+                raise ValueError(
+                    f"{storage.nbytes()} bytes of weights in {folder.name} differ from their CRC-32 (it is {found:08x})"
+                )
+
+
+def _records(path: Path) -> list[ZipInfo]:
+    try:
+        with ZipFile(path) as file:
+            return file.infolist()
+    except (BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path.name} is no whole file of torch's ({error})") from error
+
+
+def _crc(storage: torch.UntypedStorage) -> int:
+    return zlib.crc32(torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data)

@@ -1,0 +1,52 @@
+"""A run folder in, the weights of its newest checkpoint that has them whole out, and which were passed over and why."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fcn_dist.checkpoints.consolidate import Consolidated, Weights, consolidate
+from fcn_dist.checkpoints.restricted import Unreadable
+from fcn_dist.checkpoints.store import DEEPSPEED_TAG, Checkpoint, Damage, check_listed, newest
+from fcn_dist.errors import UserError
+from fcn_dist.model.description import ModelDescription
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run's checkpoint, and its weights."""
+
+    checkpoint: Checkpoint
+    description: ModelDescription
+    found: Consolidated
+    passed_over: tuple[Damage, ...]  # newer checkpoints, whose weights are damaged
+
+
+def open_run(run_dir: Path, step: int | None = None, weights: Weights | None = None) -> Opened:
+    """The weights of a run's newest checkpoint that has them whole, or of `step`; `weights` as of `consolidate`.
+
+    Adam's moments are not looked at. Raises UserError if there is none.
+    """
+
+    def read(folder: Path) -> tuple[Checkpoint, ModelDescription, Consolidated]:
+        checkpoint = check_listed(folder)
+        description = described(checkpoint)
+        with torch.device("meta"):
+            model = description.build()
+        try:
+            return checkpoint, description, consolidate(folder / DEEPSPEED_TAG, model, weights)
+        except Unreadable as error:
+            raise ValueError(str(error)) from error
+
+    opened, passed_over = newest(run_dir, step, read)
+    return Opened(*opened, tuple(passed_over))
+
+
+def described(checkpoint: Checkpoint) -> ModelDescription:
+    """The network of a checkpoint. Raises UserError if its manifest has none that is known."""
+    try:
+        return ModelDescription.from_dict(checkpoint.state.model)
+    except (KeyError, TypeError, ValueError, UserError) as error:
+        raise UserError(
+            f"{checkpoint.dir} describes no network ({error!r}); a checkpoint of this version of fcn_dist is needed"
+        ) from error
