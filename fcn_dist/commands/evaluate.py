@@ -18,9 +18,10 @@ from fcn_dist.commands.views import add_views, views_of
 from fcn_dist.console import console, status_console
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.transforms import decode
+from fcn_dist.deploy.colours import distinct
 from fcn_dist.deploy.confusion import draw_confusion
 from fcn_dist.deploy.modelfile import read_model_file
-from fcn_dist.deploy.pictures import Row, distinct, sheet, write_png
+from fcn_dist.deploy.pictures import Row, sheet, write_png
 from fcn_dist.errors import UserError
 from fcn_dist.files import write_text
 from fcn_dist.model.devices import keep_freed_memory

@@ -16,8 +16,9 @@ from rich.table import Table
 
 from fcn_dist.commands.views import add_views, views_of
 from fcn_dist.console import console
+from fcn_dist.deploy.colours import distinct
 from fcn_dist.deploy.imagefiles import RECORD_NAME, Job, plan, read_rgb
-from fcn_dist.deploy.pictures import distinct, picture_with_legend, short_name, write_png
+from fcn_dist.deploy.pictures import picture_with_legend, short_name, write_png
 from fcn_dist.deploy.predict import AUTO, PRECISIONS, Predictor, classes_found
 from fcn_dist.errors import UserError, named
 from fcn_dist.files import replacing, write_text

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from fcn_dist.deploy.colours import Colour
 from fcn_dist.deploy.lettering import BACKGROUND, Entry, draw_caption, draw_legend
 from fcn_dist.deploy.naming import draw_names
 from fcn_dist.errors import UserError
@@ -20,7 +21,6 @@ from fcn_dist.files import replacing
 
 Picture = NDArray[np.uint8]
 Labels = NDArray[np.uint8]
-Colour = tuple[int, int, int]
 
 OUTLINE_LIGHT = 0.45  # an outline is the overlay darkened to this share
 SMALLEST_WIDTH = 480  # narrower images are enlarged
@@ -112,20 +112,6 @@ def accuracy(truth: Labels, prediction: Labels) -> float | None:
     """The share of the pixels labelled in the truth that the prediction has right; None if none is labelled."""
     labelled = truth > 0
     return float((prediction == truth)[labelled].mean()) if labelled.any() else None
-
-
-def distinct(colours: Sequence[Colour]) -> tuple[Colour, ...]:
-    """The same colours, but where a class repeats an earlier one's, one as far from all the others as possible."""
-    levels = range(40, 256, 43)
-    candidates = np.array([(r, g, b) for r in levels for g in levels for b in levels], np.int64)
-    result = list(colours)
-    for index, colour in enumerate(colours):
-        if colour in result[:index]:
-            others = np.array(result[:index] + result[index + 1 :], np.int64)
-            distances = ((candidates[:, None] - others) ** 2).sum(axis=2).min(axis=1)
-            red, green, blue = (int(value) for value in candidates[distances.argmax()])
-            result[index] = (red, green, blue)
-    return tuple(result)
 
 
 def write_png(path: Path, picture: Picture) -> None:

@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from fcn_dist.deploy.pictures import Colour, distinct, overlay, short_name
+from fcn_dist.deploy.colours import Colour, distinct
+from fcn_dist.deploy.pictures import overlay, short_name
 from fcn_dist.errors import UserError
 from fcn_dist.reporting.classes import per_cent
 from fcn_dist.reporting.markup import Html, element, join, note

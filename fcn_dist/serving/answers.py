@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fcn_dist.deploy.pictures import distinct, short_name
+from fcn_dist.deploy.colours import distinct
+from fcn_dist.deploy.pictures import short_name
 from fcn_dist.deploy.predict import Predictor, classes_found
 from fcn_dist.serving.limits import Limits
 
