@@ -10,4 +10,6 @@ EXTRAS=test . launch/environment.sh
 ruff format --check .
 ruff check .
 mypy
+# Of the slow tests most wait half of the time, for processes that start or come to their end: two at a time.
+case " $* " in *" --slow "*) set -- --numprocesses 2 --dist loadfile "$@" ;; esac
 exec python -m pytest "$@"
