@@ -69,23 +69,30 @@ def stragglers(run: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("where", "stage", "reason", "words"),
+    ("where", "seconds", "stage", "reason", "words"),
     [
-        ("data", 2, "data", "it waits for data"),
-        ("forward", 3, "computing", "its computing takes longer"),
-        ("backward", 1, "computing", "its computing takes longer"),
+        # Of a sample, two a step: the loader works ahead, so only what is longer than a step is waited for.
+        ("data", 3 * SLOWED, 2, "data", "it waits for data"),
+        ("forward", SLOWED, 3, "computing", "its computing takes longer"),
+        ("backward", SLOWED, 1, "computing", "its computing takes longer"),
     ],
 )
 def test_a_rank_slowed_by_200_ms_a_step_is_named_once_with_the_reason(
-    where: str, stage: int, reason: str, words: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str,
+    seconds: float,
+    stage: int,
+    reason: str,
+    words: str,
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of three, of micro-batch 2. What other programs do to the machine may bring other ranks into the report too."""
-    monkeypatch.setenv("HINDER", f"1:{where}:{SLOWED}")
-    output = run_ranks(HINDERED, arguments(shards, tmp_path, stage), 3, tmp_path, TIME_LIMIT)
+    monkeypatch.setenv("HINDER", f"1:{where}:{seconds}")
+    output = run_ranks(HINDERED, [*arguments(shards, tmp_path, stage), "--steps", "20"], 3, tmp_path, TIME_LIMIT)
     of_victim = [line for line in stragglers(tmp_path / "run") if line["rank"] == 1]
     assert [(line["step"], line["reason"]) for line in of_victim] == [(20, reason)]
     (line,) = of_victim
-    # The loader works ahead while others wait, so that of its delay only a part is waited for.
     assert line["computing_seconds"] >= SLOWED if reason == "computing" else line["data_seconds"] > 0.05
     assert f"step 20: rank 1 on {line['host']} slows the others down: {words}" in output
 
