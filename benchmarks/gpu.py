@@ -115,7 +115,15 @@ def tiny_parts() -> list[Part]:
     return [
         tests(140),
         benchmark("training", 120, *once, "--steps=1", *training, report="training-cpu"),
-        benchmark("planning", 120, "--device=cpu", "--only=1", "--size=32", "--width=0.1", report="planning-cpu"),
+        benchmark(
+            "planning",
+            120,
+            "--device=cpu",
+            "--only=ZeRO-0, bf16, 1 rank",
+            "--size=32",
+            "--width=0.1",
+            report="planning-cpu",
+        ),
         benchmark("evaluation", 120, *once, "--images=1", "--width=0.1", report="evaluation-cpu"),
         benchmark("saving", 120, "--rounds=1", "--width=0.1", report="saving"),
     ]

@@ -43,6 +43,12 @@ class Setting(NamedTuple):
     micro_batch: int = 8
 
     @property
+    def name(self) -> str:
+        """Of the row."""
+        ranks = f"{self.ranks} rank{'s' if self.ranks > 1 else ''}"
+        return f"ZeRO-{self.stage}, {self.precision}, {ranks}, {self.micro_batch} images"
+
+    @property
     def config(self) -> Path:
         """The DeepSpeed configuration."""
         return ROOT / "launch" / "zero" / f"zero{self.stage}_{self.precision}.json"
@@ -75,12 +81,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--outputs", type=int, default=151, metavar="N", help="classes (default: %(default)s)")
     parser.add_argument("--size", type=int, default=256, metavar="PIXELS", help="of the sides (default: %(default)s)")
     parser.add_argument("--width", type=float, default=1.0, help="of the network (default: %(default)s)")
-    parser.add_argument("--only", type=int, metavar="N", help="the first N rows")
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains it, such as fp32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--time-limit", type=float, default=math.inf, metavar="S", help="after which rows are left out")
     parser.add_argument("--output", type=Path, default=Path("benchmark-reports"), metavar="DIR")
     options = parser.parse_args(argv)
-    settings = (ON_GPU if options.device == "cuda" else ON_CPU)[: options.only]
+    settings = [one for one in (ON_GPU if options.device == "cuda" else ON_CPU) if options.only in one.name]
     ends = time.monotonic() + options.time_limit
     found = [beside(setting, options, ends - time.monotonic()) for setting in settings]
     rows = []
@@ -105,9 +111,7 @@ def main(argv: list[str]) -> None:
 
 def beside(setting: Setting, options: argparse.Namespace, limit: float) -> Measured:
     """What is planned and what is measured, for one row."""
-    ranks = f"{setting.ranks} rank{'s' if setting.ranks > 1 else ''}"
-    name = f"ZeRO-{setting.stage}, {setting.precision}, {ranks}, {setting.micro_batch} images"
-    one = Measured(Contender(name, "planning_rank:main", {}, "launch/plan.py"))
+    one = Measured(Contender(setting.name, "planning_rank:main", {}, "launch/plan.py"))
     values = [f"data.crop=[{options.size},{options.size}]", f"model.width={options.width}"]
     values += [f"train.recompute_stages={setting.recompute_stages}"]
     values += [f"train.global_batch={setting.micro_batch * setting.ranks}"]
