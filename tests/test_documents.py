@@ -45,6 +45,18 @@ LISTED = {
     "deepspeed launch/train.py --shards s3://bucket/shards-ade --output RUN "
     "--recipe launch/recipes/sceneparsing.yaml --set data.cache_limit=500GB": BUCKET,
     "python benchmarks/equivalence.py": HOURS,
+    "deepspeed --num_gpus 2 launch/train.py --shards SHARDS --output RUN --recipe launch/recipes/camvid_cpu.yaml "
+    "--deepspeed_config launch/zero/zero1_fp32.json --set model.weights=vgg16_conv_caffe.safetensors": HOURS,
+    "deepspeed --num_gpus 1 launch/train.py --shards SHARDS --output RUN --recipe launch/recipes/camvid.yaml "
+    "--deepspeed_config launch/zero/zero1_bf16.json --set model.weights=vgg16_conv_caffe.safetensors": HOURS,
+    "deepspeed launch/train.py --shards SHARDS --output RUN --recipe launch/recipes/sceneparsing.yaml "
+    "--deepspeed_config launch/zero/zero1_bf16.json --set model.weights=vgg16.safetensors": HOURS,
+    "deepspeed --num_gpus 1 launch/train.py --shards SHARDS --output RUN "
+    "--recipe launch/recipes/reference_atonce.yaml --deepspeed_config launch/recipes/reference_atonce.json "
+    "--set model.weights=vgg16_conv_caffe.safetensors": HOURS,
+    "deepspeed launch/train.py --shards SHARDS --output RUN --recipe launch/recipes/fcn_tensorflow.yaml "
+    "--deepspeed_config launch/recipes/fcn_tensorflow.json --set model.weights=vgg19.pth "
+    "--set model.weights_convention=torchvision": HOURS,
     "python launch/plan.py --recipe launch/recipes/sceneparsing.yaml --gpus 32 --gpu-memory 80GB --micro-batch 16 "
     "--images-per-second 500 --link 200GB --network 25GB --gpus-per-host 8": REHEARSED,
     "pip install '.[serve]'": INSTALLS,
