@@ -26,6 +26,7 @@ from fcn_dist.training.entry import Start
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 PROGRAMS = {"python", "deepspeed", "fcn-dist", "torchrun", "bash", "sbatch", "curl", "pip", "tensorboard", "cp"}
+READERS_OWN = {"RECIPE", "CONFIG", "street.yaml"}  # files that are not in the checkout
 ELISION = "..."  # a word that stands for the other arguments
 
 
@@ -133,7 +134,9 @@ def check_options(command: str) -> None:
     whole = ELISION not in words
     words = [word for word in words if word != ELISION]
     program, *rest = words
-    script = next((word for word in words if re.match(r"(launch|shards|benchmarks|tests)/\S+\.(py|sh|sbatch)$", word)), "")
+    script = next(
+        (word for word in words if re.match(r"(launch|shards|benchmarks|tests)/\S+\.(py|sh|sbatch)$", word)), ""
+    )
     if script and not (ROOT / script).is_file():
         raise FileNotFoundError(f"{command}: there is no {script}")
     if program in ("deepspeed", "torchrun"):
@@ -192,10 +195,9 @@ def take(command: Any) -> argparse.Namespace | None:
 def check_training(options: argparse.Namespace, arguments: list[str], whole: bool) -> None:
     """Recipe and configuration as the run would have them, which must be enough to begin with."""
     arguments = [str(in_checkout(Path(word))) if word.startswith("launch/") else word for word in arguments]
-    for placeholder in ("RECIPE", "CONFIG"):
-        if placeholder in arguments:
-            del arguments[arguments.index(placeholder) - 1 : arguments.index(placeholder) + 1]
-            whole = False
+    for placeholder in READERS_OWN & set(arguments):
+        del arguments[arguments.index(placeholder) - 1 : arguments.index(placeholder) + 1]
+        whole = False
     for name in ("shards", "output"):
         if getattr(options, name) is None:
             arguments += [f"--{name}", "anywhere"]

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import cv2
 import numpy as np
@@ -184,7 +185,7 @@ class Shell:
                 end_group(process)
         self.servers.clear()
 
-    def _start(self, command: str, output: object, variables: dict[str, str]) -> subprocess.Popen[str]:
+    def _start(self, command: str, output: TextIO, variables: dict[str, str]) -> subprocess.Popen[str]:
         environment = {
             **os.environ,
             **variables,
@@ -198,7 +199,8 @@ class Shell:
             cwd=self.folder,
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=output,  # type: ignore[call-overload]
+            stdout=output,
+            text=True,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )

@@ -10,16 +10,16 @@ from staging import lay_out, make_kit, put, server_of, shell_in, tasks_of
 
 from fcn_dist.config import Recipe
 
-# What is no code, by its first line.
+# What is no code, by how its first line begins.
 SHOWN = {
-    "scenes folder -> shards + index.json -> batches -> engine -> checkpoint -> model.safetensors -> masks and pictures",
+    "scenes folder -> shards + index.json -> batches -> engine -> checkpoint ->",
     "fcn_dist/",
     "RUN/checkpoints/",
     "OUT/training/",
-    "the checkpoint was cut for 2 ranks x accumulation 1 x up to 5 images, ZeRO stage 2, float32; the run is cut for ...",
-    "epoch    slots 0 ............................................. N-1",
+    "the checkpoint was cut for 2 ranks x accumulation 1 x up to 5 images, ZeRO stage 2, float32;",
+    "epoch    slots 0 .............................................",
     "no rank has made progress for 8 s (train.watchdog), so the job ends with code 77:",
-    "step 20: rank 1 on node2 slows the others down: it waits for data; a step takes 0.41 s of its own (0.20 s waiting for",
+    "step 20: rank 1 on node2 slows the others down: it waits for data; a step takes 0.41 s of its own",
 }
 # Why a command is not run. Its options are checked all the same.
 HOURS = "trains for hours, or is meant for GPUs"
@@ -81,8 +81,9 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_block_is_of_a_known_kind() -> None:
     kinds = {str(block): block.kind for block in BLOCKS}
     assert set(kinds.values()) <= {"commands", "python", "yaml", "text", "shown"}, kinds
-    shown = {block.text.splitlines()[0] for block in BLOCKS if block.kind == "shown"}
-    assert shown == SHOWN
+    shown = [block.text.splitlines()[0] for block in BLOCKS if block.kind == "shown"]
+    assert not [line for line in shown if not line.startswith(tuple(SHOWN))]
+    assert not [begin for begin in SHOWN if not any(line.startswith(begin) for line in shown)]
 
 
 def test_no_reason_is_listed_for_a_command_that_stands_nowhere() -> None:
@@ -90,7 +91,9 @@ def test_no_reason_is_listed_for_a_command_that_stands_nowhere() -> None:
 
 
 @pytest.mark.parametrize(("block", "command"), COMMANDS, ids=lambda value: str(value).replace("/", "|"))
-def test_a_command_is_one_that_its_programs_take(block: Block, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_is_one_that_its_programs_take(
+    block: Block, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     try:
         check_options(command)
     except SystemExit:

@@ -61,7 +61,7 @@ def test_shards_and_their_index(shards: Path) -> None:
     assert keys("`OUT/SPLIT/`") == set(np.load(split / "training-000000.members.npy").dtype.names)
     index = read(split / "index.json")
     assert keys("`index.json` of a split") == set(index)
-    listed = dict((key, row[1]) for row in rows("`index.json` of a split") for key in quoted(row[0]))
+    listed = {key: row[1] for row in rows("`index.json` of a split") for key in quoted(row[0])}
     assert quoted(listed["shardlist"]) == set(index["shardlist"][0])
     assert quoted(listed["label_rule"]) == set(index["label_rule"])
 
@@ -92,7 +92,9 @@ def test_every_event_that_the_code_writes_is_documented_with_its_keys() -> None:
         constants = {
             node.targets[0].id: node.value.value
             for node in tree.body
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Constant)
+            if isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Name)
+            and isinstance(node.value, ast.Constant)
         }
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("ournal.write"):
@@ -105,7 +107,9 @@ def test_every_event_that_the_code_writes_is_documented_with_its_keys() -> None:
         assert found[event] == documented[event], event
     assert all(found[event] <= documented[event] for event in found)
     assert documented["bad_sample"] == set(BadSample._fields)
-    assert documented["straggler"] - found["straggler"] == {f"{name}_seconds" for name in ("data", "computing", "waiting")}
+    assert documented["straggler"] - found["straggler"] == {
+        f"{name}_seconds" for name in ("data", "computing", "waiting")
+    }
 
 
 def test_scores_and_predictions(run: Path, shards: Path, tmp_path: Path) -> None:

@@ -6,14 +6,18 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
+from torch.distributed import DistNetworkError
+from torch.distributed.distributed_c10d import TCPStore
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
 MESSAGES = re.findall(r"^\| `(.+?)` \|", PAGE, re.M)
 VARIABLE = "\0"  # in place of what an f-string fills in
 # Whose words they are, where they are not ours.
-DEEPSPEED, TORCH = "Setting accelerator to CPU. If", "The server socket has failed to listen on any local network address."
+DEEPSPEED, TORCH = (
+    "Setting accelerator to CPU. If",
+    "The server socket has failed to listen on any local network address.",
+)
 
 
 def texts(source: str) -> list[str]:
@@ -66,9 +70,9 @@ def test_what_deepspeed_says_is_in_deepspeed() -> None:
 
 def test_torch_says_it_where_a_port_is_taken() -> None:
     assert TORCH in MESSAGES
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with pytest.raises(dist.DistNetworkError, match=re.escape(TORCH)):
-        dist.TCPStore("127.0.0.1", store.port, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(DistNetworkError, match=re.escape(TORCH)):
+        TCPStore("127.0.0.1", store.port, is_master=True, wait_for_workers=False)
 
 
 def test_a_message_stands_on_the_page_once() -> None:
