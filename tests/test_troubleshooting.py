@@ -6,8 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed import DistNetworkError
-from torch.distributed.distributed_c10d import TCPStore
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
