@@ -7,13 +7,12 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fcn_dist.data.stream import SampleStream
 from fcn_dist.ranks import BatchPlan
 
-DRAWING = ROOT / "docs" / "stream.svg"
+DRAWING = Path(__file__).resolve().parents[1] / "docs" / "stream.svg"
 SAMPLES, SHARD, BATCH, SEED, STEP, POSITION = 12, 4, 8, 0, 1, 14
 CUTS = (
     ("1 rank, 2 micro-batches", BatchPlan(BATCH, 4, 2, 1)),
