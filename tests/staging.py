@@ -57,7 +57,8 @@ PREPARED = {
     "docs/resuming.md": {"SHARDS": "shards", "RECIPE": "recipe.yaml"},
     "docs/serving.md": {"fcn8s.safetensors": "model.safetensors", "scene.jpg": "photos/scene.jpg"},
     "docs/shards.md": {"SCENES": "scenes"},
-    "docs/watching.md": {"SHARDS": "shards", "RUN": "run", "runs/fcn8s": "run", "runs/one": "run", "runs/two": "run"},
+    "docs/report.md": {"runs/fcn8s": "run", "runs/one": "run", "runs/two": "run"},
+    "docs/watching.md": {"SHARDS": "shards", "RUN": "stopped"},
 }
 # Commands that run until they are told to end, and what they print once they can be used.
 SERVERS = {"python launch/serve.py": "http://", "tensorboard ": "http://"}
