@@ -22,6 +22,7 @@ from fcn_dist.commands.entry import COMMANDS
 from fcn_dist.commands.train import run_config
 from fcn_dist.training.deepspeed_config import resolve
 from fcn_dist.training.entry import Start
+from fcn_dist.training.schedule import check_warmup
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -205,6 +206,8 @@ def check_training(options: argparse.Namespace, arguments: list[str], whole: boo
     config = run_config(arguments)
     if whole and not options.resume and config.start is not Start.RESUME:
         resolve(config.deepspeed, config.recipe, world_size=1)
+        if config.recipe.schedule.steps:
+            check_warmup(config.recipe.schedule, config.recipe.schedule.steps)
 
 
 def in_checkout(path: Path | None) -> Path | None:

@@ -124,6 +124,7 @@ def lay_out(page: str, kit: Path, folder: Path) -> None:
     """The page's folder: scripts of the checkout, and copies of what the page's commands begin with."""
     for name in ("launch", "shards", "benchmarks"):
         (folder / name).symlink_to(ROOT / name)
+    (folder / ".curlrc").write_text("fail\n")  # a refusal by the server is a command that failed
     for name, origin in PREPARED.get(page, {}).items():
         put(kit / origin, folder / name)
 
@@ -193,6 +194,7 @@ class Shell:
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
+            "CURL_HOME": str(self.folder),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
         return subprocess.Popen(
