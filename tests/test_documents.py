@@ -28,7 +28,7 @@ HOSTS = "needs several hosts"
 SLURM = "needs Slurm"
 BUCKET = "needs a bucket"
 FETCHES = "fetches the public data set"
-REHEARSED = "rehearses once more, for a minute, what the command before it does"
+REHEARSED = "rehearses full-size steps for a minute; the command after it, with smaller crops, is run"
 LISTED = {
     "bash launch/quickstart.sh": INSTALLS,
     "bash tests/run.sh": INSTALLS,
@@ -57,8 +57,7 @@ LISTED = {
     "deepspeed launch/train.py --shards SHARDS --output RUN --recipe launch/recipes/fcn_tensorflow.yaml "
     "--deepspeed_config launch/recipes/fcn_tensorflow.json --set model.weights=vgg19.pth "
     "--set model.weights_convention=torchvision": HOURS,
-    "python launch/plan.py --recipe launch/recipes/sceneparsing.yaml --gpus 32 --gpu-memory 80GB --micro-batch 16 "
-    "--images-per-second 500 --link 200GB --network 25GB --gpus-per-host 8": REHEARSED,
+    "python launch/plan.py --recipe launch/recipes/sceneparsing.yaml --gpus 8 --gpu-memory 12GB": REHEARSED,
     "pip install '.[serve]'": INSTALLS,
     "pip install '.[report]'": INSTALLS,
 }
