@@ -197,6 +197,7 @@ class Shell:
             **os.environ,
             **variables,
             "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",  # several ranks need a device each, and the CPU has room for all
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
             "CURL_HOME": str(self.folder),

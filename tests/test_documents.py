@@ -1,11 +1,12 @@
 """Every block of code in README and docs: run as written, or listed with the reason why not and its options checked."""
 
 import re
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from documents import BLOCKS, ELISION, PAGES, Block, check_options
+from documents import BLOCKS, ELISION, PAGES, ROOT, Block, check_options
 from staging import lay_out, make_kit, put, server_of, shell_in, tasks_of
 
 from fcn_dist.config import Recipe
@@ -99,6 +100,7 @@ def test_a_command_is_one_that_its_programs_take(
         pytest.fail(f"{block}: {command}\n{capsys.readouterr().err}")
 
 
+@pytest.mark.timeout(900)  # of all its commands; each has its own limit
 @pytest.mark.parametrize(
     "page", [pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else []) for page in PAGES]
 )
@@ -113,6 +115,8 @@ def test_the_commands_of_a_page_run_as_written(page: str, kit: Path, tmp_path: P
             for command in block.commands if block.kind == "commands" else []:
                 if not runs(command):
                     continue
+                if not shutil.which(command.split()[0]):
+                    pytest.skip(f"{command.split()[0]} is not installed")
                 if "resume" in command and "--output RUN" in command:
                     put(kit / "stopped", tmp_path / "RUN")  # one of several ways to go on, each from the same place
                 if ready := server_of(command):
@@ -136,3 +140,10 @@ def test_every_link_of_a_page_leads_to_a_file() -> None:
     for path in PAGES.values():
         for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", path.read_text()):
             assert (path.parent / target).exists(), f"{path}: {target}"
+
+
+def test_every_file_of_the_checkout_that_a_page_names_is_there() -> None:
+    for page, path in PAGES.items():
+        text = re.sub(r"\]\(.*?\)", "]", path.read_text())
+        for name in re.findall(r"(?<![\w./-])(?:launch|shards|benchmarks|tests|fcn_dist)/[\w/.-]*\w", text):
+            assert (ROOT / name).exists(), f"{page}: {name}"
