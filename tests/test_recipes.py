@@ -42,6 +42,26 @@ def test_the_head_has_the_command_and_says_what_comes_of_it(path: Path) -> None:
     assert re.search(r"score|mean IoU|pixel accuracy", text) and re.search(r"time|hours|\d+ (min|s)\b", text)
 
 
+def test_the_page_of_recipes_has_each_of_them_and_states_no_score_that_its_head_does_not() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    rows = {
+        cells[0].strip("`"): cells[1:]
+        for cells in re.findall(r"^\| (`\w+\.yaml`) \| (.+) \| (.+) \| (.+) \|$", page, re.M)
+    }
+    assert set(rows) == {path.name for path in RECIPES}
+    for path in RECIPES:
+        _, config, score = rows[path.name]
+        text = " ".join(head(path).split())
+        assert "measured" in score or score.startswith("aim: ")
+        assert score.startswith("aim") == ("Aim:" in text)
+        assert score.startswith("measured") == ("measured" not in text)  # heads say what was not
+        for figure in re.findall(r"\d[\d.]*", score):
+            assert figure in text, f"{path.name}: {figure}"
+        if path in TRAINED:
+            assert config.strip("`") == options(path)["--deepspeed_config"]
+            assert f"--recipe launch/recipes/{path.name}" in page
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)
 def test_it_trains_with_the_configuration_it_names(path: Path, shards: Path, tmp_path: Path) -> None:
