@@ -35,7 +35,7 @@ ROOMS = {
     "model": room("", "torch safetensors numpy"),
     "scoring": room("data model", "torch numpy"),
     "checkpoints": room("model", "torch safetensors numpy"),
-    "training": room("data model scoring checkpoints", "deepspeed torch safetensors numpy tensorboard"),
+    "training": room("data model scoring checkpoints", "deepspeed torch safetensors numpy tensorboard wandb"),
     "deploy": room("data model scoring checkpoints training", "torch safetensors numpy cv2 PIL onnx onnxruntime"),
     "serving": room("model deploy", "fastapi starlette uvicorn python_multipart torch numpy PIL"),
     "reporting": room("data scoring checkpoints training deploy", "numpy cv2 PIL matplotlib tensorboard"),
