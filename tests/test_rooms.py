@@ -51,6 +51,7 @@ ALSO = {
     "fcn_dist.data.loader": {"torch"},
     "fcn_dist.data.handoff": {"torch"},
     "fcn_dist.deploy.convert": {"deepspeed"},
+    "fcn_dist.commands.completion": {"shtab"},
 }
 ONLY = {
     "fcn_dist.deploy.predict": room("model", "torch numpy safetensors cv2 PIL"),
@@ -154,7 +155,7 @@ def test_every_folder_of_the_package_is_a_room() -> None:
 
 
 # No command itself, but what several of them need.
-COMMANDS_SHARE = {"fcn_dist.commands.ranks", "fcn_dist.commands.views"}
+COMMANDS_SHARE = {"fcn_dist.commands.names", "fcn_dist.commands.ranks", "fcn_dist.commands.views"}
 
 
 def test_commands_are_imported_by_scripts_alone() -> None:
