@@ -183,6 +183,7 @@ class LogConfig:
     every: int = 10  # steps
     layers: int = 100  # steps between looks at the gradient and weights of each layer; 0: none
     tensorboard: bool = False  # the same for TensorBoard, in RUN/tensorboard
+    wandb: bool = False  # the same for Weights & Biases, offline, in RUN/wandb
 
     def __post_init__(self) -> None:
         _check(self.every >= 1, "log.every", self.every, "1 or more steps")

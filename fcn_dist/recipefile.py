@@ -9,10 +9,13 @@ from typing import Any
 
 from fcn_dist.config import Recipe
 from fcn_dist.errors import UserError
+from fcn_dist.shipped import shipped
 
 
 def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a YAML file (defaults if None) with `KEY=VALUE` overrides applied, later ones winning.
+
+    A bare name, such as `camvid`, is one of launch/recipes.
 
     Raises UserError naming the key that is unknown or has a value of the wrong kind, and where it stands.
     """
@@ -20,10 +23,14 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
 
     if path is None:
         return recipe_from_dict({}, "the recipe", overrides)
+    path = shipped(path, "recipes", ".yaml")
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except OSError as error:
-        raise UserError(f"recipe {path} cannot be read ({error.strerror}); give --recipe a YAML file") from error
+        raise UserError(
+            f"recipe {path} cannot be read ({error.strerror}); give --recipe a YAML file, or "
+            "the name of one in launch/recipes"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is not YAML: {error}") from error
     return recipe_from_dict(tree, str(path), overrides)

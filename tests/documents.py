@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from unittest import mock
 
 from fcn_dist.commands import supervise
-from fcn_dist.commands.entry import COMMANDS
+from fcn_dist.commands.names import COMMANDS
 from fcn_dist.commands.train import run_config
 from fcn_dist.training.deepspeed_config import resolve
 from fcn_dist.training.entry import Start
@@ -170,7 +170,7 @@ def check_command(name: str, arguments: list[str], whole: bool, alone: bool = Fa
     if name not in COMMANDS:
         raise LookupError(f"no command {name}")
     if name == "train" and not alone:
-        _, arguments = supervise._parser().parse_known_args(arguments)
+        _, arguments = supervise.build_parser().parse_known_args(arguments)
     module = import_module(f"fcn_dist.commands.{name}")
     with parsing_alone(whole):
         options = take(lambda: module.main(arguments))

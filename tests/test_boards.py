@@ -16,7 +16,8 @@ from test_train import RECIPE, TIME_LIMIT, TRAIN, arguments, lines, zero_config
 
 from fcn_dist.data.decoders import decode_image, decode_mask
 from fcn_dist.errors import UserError
-from fcn_dist.training.boards import RIGHT, UNLABELLED, WRONG, TensorBoard, panel, summary_writer
+from fcn_dist.training.boards import RIGHT, UNLABELLED, WRONG, Board, panel
+from fcn_dist.training.eventfiles import EventFiles, summary_writer
 from fcn_dist.training.layers import describe
 from fcn_dist.training.runfolder import RunRecord
 
@@ -32,6 +33,10 @@ def scalars(board: Any, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in board.Scalars(tag)]
 
 
+def tensorboard(run: Path, first_step: int, multipliers: dict[str, float]) -> Board:
+    return Board(run, a_record(), first_step, multipliers, EventFiles(run, a_record(), first_step))
+
+
 def a_record() -> RunRecord:
     model = {"classes": ["wall", "sky"], "colours": COLOURS}
     return RunRecord({}, {}, model, "shards", {}, 1, 9, 4, "train.py", {}, {}, {})
@@ -43,7 +48,7 @@ def line(event: str, step: int, **figures: Any) -> dict[str, Any]:
 
 def test_figures_and_rates_of_each_group_and_no_step_twice_after_a_restart(tmp_path: Path) -> None:
     for first_step, losses in ((0, {2: 3.0, 4: 2.0, 6: 1.0}), (4, {6: 1.5, 8: None})):
-        board = TensorBoard(tmp_path, a_record(), first_step, {"trunk": 1.0, "head": 10.0})
+        board = tensorboard(tmp_path, first_step, {"trunk": 1.0, "head": 10.0})
         board.hear(line("train", 2, loss=3.0, learning_rate=0.5))  # as a continued journal is told again
         for step, loss in losses.items():
             if step > 2:
@@ -59,7 +64,7 @@ def test_figures_and_rates_of_each_group_and_no_step_twice_after_a_restart(tmp_p
 
 def test_histograms_are_those_of_the_journal(tmp_path: Path) -> None:
     told = describe(torch.tensor([0.0, 0.25, -0.3, 3.0]))
-    board = TensorBoard(tmp_path, a_record(), 0, {})
+    board = tensorboard(tmp_path, 0, {})
     board.hear(line("layers", 4, layers={"fc6.weight": {"gradient": told}}))
     board.hear(line("layers", 6, layers={"fc6.weight": {"gradient": {**told, "norm": None}}}))
     board.close()

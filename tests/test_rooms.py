@@ -35,7 +35,7 @@ ROOMS = {
     "model": room("", "torch safetensors numpy"),
     "scoring": room("data model", "torch numpy"),
     "checkpoints": room("model", "torch safetensors numpy"),
-    "training": room("data model scoring checkpoints", "deepspeed torch safetensors numpy tensorboard"),
+    "training": room("data model scoring checkpoints", "deepspeed torch safetensors numpy tensorboard wandb"),
     "deploy": room("data model scoring checkpoints training", "torch safetensors numpy cv2 PIL onnx onnxruntime"),
     "serving": room("model deploy", "fastapi starlette uvicorn python_multipart torch numpy PIL"),
     "reporting": room("data scoring checkpoints training deploy", "numpy cv2 PIL matplotlib tensorboard"),
@@ -51,6 +51,7 @@ ALSO = {
     "fcn_dist.data.loader": {"torch"},
     "fcn_dist.data.handoff": {"torch"},
     "fcn_dist.deploy.convert": {"deepspeed"},
+    "fcn_dist.commands.completion": {"shtab"},
 }
 ONLY = {
     "fcn_dist.deploy.predict": room("model", "torch numpy safetensors cv2 PIL"),
@@ -154,7 +155,7 @@ def test_every_folder_of_the_package_is_a_room() -> None:
 
 
 # No command itself, but what several of them need.
-COMMANDS_SHARE = {"fcn_dist.commands.ranks", "fcn_dist.commands.views"}
+COMMANDS_SHARE = {"fcn_dist.commands.names", "fcn_dist.commands.ranks", "fcn_dist.commands.views"}
 
 
 def test_commands_are_imported_by_scripts_alone() -> None:

@@ -1,4 +1,4 @@
-"""The tree in README names every room, module and script of the checkout, and nothing else."""
+"""The trees in README and docs/code.md name every room, module and script of the checkout, and nothing else."""
 
 import re
 from pathlib import Path
@@ -7,10 +7,10 @@ ROOT = Path(__file__).resolve().parents[1]
 DESCRIPTIONS = 30  # columns from which on a line has only words about what stands above
 
 
-def tree() -> dict[str, tuple[set[str], str]]:
+def tree(page: str) -> dict[str, tuple[set[str], str]]:
     """By folder: the names that stand in it, and what is said of it."""
-    text = (ROOT / "README.md").read_text()
-    section = text[text.index("## What is where") :].split("\n\n")[1]
+    text = (ROOT / page).read_text()
+    section = text[text.index("\n    fcn_dist/\n") + 1 :].split("\n\n")[0]
     found: dict[str, tuple[set[str], str]] = {}
     above: list[tuple[int, str]] = []
     for line in section.splitlines():
@@ -33,7 +33,7 @@ def tree() -> dict[str, tuple[set[str], str]]:
     return found
 
 
-TREE = tree()
+CODE, TREE = tree("docs/code.md"), tree("README.md")
 
 
 def there(folder: str) -> set[str]:
@@ -47,7 +47,7 @@ def there(folder: str) -> set[str]:
 
 
 def test_a_folder_whose_modules_are_named_has_these_and_no_others() -> None:
-    named = {folder: names for folder, (names, _) in TREE.items() if folder.startswith("fcn_dist/")}
+    named = {folder: names for folder, (names, _) in CODE.items()}
     assert {"fcn_dist/", "fcn_dist/data/", "fcn_dist/training/"} <= set(named)
     for folder, names in named.items():
         if names:
@@ -56,7 +56,8 @@ def test_a_folder_whose_modules_are_named_has_these_and_no_others() -> None:
 
 def test_every_room_stands_in_it() -> None:
     rooms = {f"fcn_dist/{path.parent.name}/" for path in (ROOT / "fcn_dist").glob("*/__init__.py")}
-    assert rooms == {folder for folder in TREE if re.fullmatch(r"fcn_dist/\w+/", folder)}
+    for named in (CODE, TREE):
+        assert rooms == {folder for folder in named if re.fullmatch(r"fcn_dist/\w+/", folder)}
 
 
 def test_the_scripts_are_those_of_their_folders() -> None:

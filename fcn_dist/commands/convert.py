@@ -22,7 +22,7 @@ from fcn_dist.files import write_text
 
 def main(argv: list[str]) -> None:
     """Convert as the arguments say, and print what the new file was compared with."""
-    parser = _parser()
+    parser = build_parser()
     options = parser.parse_args(argv)
     if options.show:
         _show(options.run)
@@ -52,7 +52,8 @@ def main(argv: list[str]) -> None:
         write_text(options.json, json.dumps(_as_dict(conversion, options.dtype), indent=1) + "\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser("convert", description="Turn a run's checkpoint into one model file.")
     add = parser.add_argument
     add(

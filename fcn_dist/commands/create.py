@@ -16,7 +16,7 @@ from fcn_dist.sizes import parse_size
 
 def main(argv: list[str]) -> None:
     """Pack as the arguments say, and print what was packed."""
-    given = _parser().parse_args(argv)
+    given = build_parser().parse_args(argv)
     options = PackOptions(
         given.samples_per_shard,
         parse_size(given.shard_size) if given.shard_size is not None else None,
@@ -47,7 +47,8 @@ def _parse_part(text: str) -> Part:
     return Part.of(int(number), int(total))
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         "create",
         description="Pack a folder of scenes into WebDataset shards. A run that was interrupted goes on where it was "

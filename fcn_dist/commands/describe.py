@@ -28,7 +28,7 @@ styled = Console(highlight=False, soft_wrap=True)  # reads markup: names that go
 
 def main(argv: list[str]) -> None:
     """Describe every split of the folder."""
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     for option in ("top", "samples"):
         if getattr(arguments, option) < 1:
             raise UserError(f"--{option} is {getattr(arguments, option)}; at least 1 is needed")
@@ -44,7 +44,8 @@ def main(argv: list[str]) -> None:
         console.print(f"sheet: {arguments.sheet}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser("describe", description="Print what a shard set holds.")
     parser.add_argument("out", type=Path, help="folder that create has written, or one split of it")
     parser.add_argument("--top", type=int, default=20, metavar="N", help="classes to list (default: %(default)s)")

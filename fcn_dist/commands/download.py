@@ -12,14 +12,15 @@ from fcn_dist.sizes import parse_size, show_size
 
 def main(argv: list[str]) -> None:
     """Download as the arguments say, and print what is there."""
-    options = vars(_parser().parse_args(argv))
+    options = vars(build_parser().parse_args(argv))
     out, checksum, size = options.pop("out"), options.pop("hash"), options.pop("size")
     options["max_size"] = parse_size(options["max_size"])
     counts = download(out, checksum=checksum, size=None if size is None else parse_size(size), **options)
     _print_counts(counts, out)
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         "download",
         description="Fetch a zipped scenes folder, check it, and unpack it. A download that ends early goes on from "

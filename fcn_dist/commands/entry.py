@@ -5,25 +5,10 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 import fcn_dist
+from fcn_dist.commands.names import COMMANDS, FRONTS
 from fcn_dist.console import run_command
 from fcn_dist.errors import UserError
 from fcn_dist.outcome import leave_outcome
-
-COMMANDS = {
-    "download": "fetch the benchmark's scenes",
-    "create": "pack a folder of scenes into shards",
-    "merge": "join the parts of a set that several runs have packed",
-    "verify": "check a shard set against its index",
-    "describe": "print what a shard set holds",
-    "synthesize": "render synthetic scenes",
-    "plan": "reckon what training holds and which micro-batch fits",
-    "train": "train on one device, all devices of this host, or several hosts",
-    "evaluate": "score a run or a model file on a shard set",
-    "convert": "turn a run's checkpoint into one model file",
-    "predict": "label images with a model file",
-    "serve": "label images on a local page, or for scripts over HTTP",
-    "report": "write a page about a run, or several side by side",
-}
 
 # Packages that a command may miss, by the extra of setup.cfg that brings them.
 EXTRAS = {
@@ -31,9 +16,6 @@ EXTRAS = {
     "onnx": {"onnx", "onnxscript", "onnxruntime"},
     "serve": {"fastapi", "starlette", "uvicorn", "python_multipart"},
 }
-
-# The script launch/train.py is always a rank; the command starts as many as are asked for.
-FRONTS = {"train": "supervise"}
 
 
 def run_script(name: str, argv: Sequence[str] | None = None) -> int:

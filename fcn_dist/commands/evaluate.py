@@ -39,7 +39,7 @@ CONFUSION_FORMS = (".csv", ".png")
 
 def main(argv: list[str]) -> None:
     """Parse, evaluate and report."""
-    options = _parser().parse_args(argv)
+    options = build_parser().parse_args(argv)
     views = _checked(options)
     shard_set = ShardSet.open(options.shards, options.split)
     rank = Rank.from_environment()
@@ -57,7 +57,8 @@ def main(argv: list[str]) -> None:
             console.print(f"sheet: {options.sheet}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, help="run folder; its newest whole checkpoint is scored")

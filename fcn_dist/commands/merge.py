@@ -10,7 +10,7 @@ from fcn_dist.errors import named
 
 def main(argv: list[str]) -> None:
     """Merge, and print what the set holds."""
-    given = _parser().parse_args(argv)
+    given = build_parser().parse_args(argv)
     for shard_set in merge(given.out, *given.sources, workers=given.workers):
         size = sum(shard.size for shard in shard_set.shards)
         console.print(
@@ -20,7 +20,8 @@ def main(argv: list[str]) -> None:
             console.print(f"{shard_set.split}: {conversion['count']} x {kind}: {named(conversion['keys'])}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         "merge",
         description="Join the parts that `create --part I/N` has packed: check that all are there, and write the index "

@@ -45,26 +45,7 @@ class Row(NamedTuple):
 
 def main(argv: list[str]) -> None:
     """Parse, reckon and print."""
-    parser = argparse.ArgumentParser(prog="plan.py", description=__doc__)
-    parser.add_argument("--recipe", type=Path, help="YAML, such as launch/recipes/sceneparsing.yaml")
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="of the whole job")
-    parser.add_argument("--gpu-memory", required=True, metavar="SIZE", help="of each, such as 12GB or 80GiB")
-    parser.add_argument(
-        "--reserve", default="1GB", metavar="SIZE", help="of it, for CUDA and its libraries (default: %(default)s)"
-    )
-    parser.add_argument("--classes", type=int, default=150, metavar="N", help="default: %(default)s")
-    parser.add_argument("--micro-batch", type=int, metavar="N", help="images; default: the global batch over the GPUs")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a recipe value"
-    )
-    speed = parser.add_argument_group("what more GPUs bring, on paper")
-    speed.add_argument("--images-per-second", type=float, metavar="R", help="of one GPU, as training shows it")
-    speed.add_argument(
-        "--link", default="50GB", metavar="SIZE", help="a second, that a GPU sends to another of its host"
-    )
-    speed.add_argument("--network", default="10GB", metavar="SIZE", help="a second, that a host sends (%(default)s)")
-    speed.add_argument("--gpus-per-host", type=int, default=8, metavar="N", help="default: %(default)s")
-    options = parser.parse_args(argv)
+    options = build_parser().parse_args(argv)
     for name in ("gpus", "classes", "micro_batch", "gpus_per_host", "images_per_second"):
         if getattr(options, name) is not None and not 1 <= getattr(options, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; 1 or more is needed")
@@ -86,6 +67,30 @@ def main(argv: list[str]) -> None:
         work = Work(1 / options.images_per_second)
         partition = Partition(1, "bfloat16", options.gpus, BUCKET)
         report_scaling(weights, partition, links, work, images, recipe.train.global_batch)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="plan.py", description=__doc__)
+    parser.add_argument("--recipe", type=Path, help="YAML, or a name of launch/recipes: camvid")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="of the whole job")
+    parser.add_argument("--gpu-memory", required=True, metavar="SIZE", help="of each, such as 12GB or 80GiB")
+    parser.add_argument(
+        "--reserve", default="1GB", metavar="SIZE", help="of it, for CUDA and its libraries (default: %(default)s)"
+    )
+    parser.add_argument("--classes", type=int, default=150, metavar="N", help="default: %(default)s")
+    parser.add_argument("--micro-batch", type=int, metavar="N", help="images; default: the global batch over the GPUs")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a recipe value"
+    )
+    speed = parser.add_argument_group("what more GPUs bring, on paper")
+    speed.add_argument("--images-per-second", type=float, metavar="R", help="of one GPU, as training shows it")
+    speed.add_argument(
+        "--link", default="50GB", metavar="SIZE", help="a second, that a GPU sends to another of its host"
+    )
+    speed.add_argument("--network", default="10GB", metavar="SIZE", help="a second, that a host sends (%(default)s)")
+    speed.add_argument("--gpus-per-host", type=int, default=8, metavar="N", help="default: %(default)s")
+    return parser
 
 
 def plan(recipe: Recipe, outputs: int, weights: Weights, gpus: int, memory: float, images: int) -> list[Row]:

@@ -120,7 +120,7 @@ class Labelling:
 
 def main(argv: list[str]) -> None:
     """Label the images as the arguments say, and print which classes were found."""
-    options = _parser().parse_args(argv)
+    options = build_parser().parse_args(argv)
     keep_freed_memory()
     jobs = plan(options.inputs, options.output, options.overwrite, options.confidence)
     views = views_of(options)
@@ -148,7 +148,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{len(outcome.failures)} of {len(jobs)} images were not labelled: {reasons}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         "predict",
         description="Label images with a model file. Writes for each image NAME.png (labels, 8-bit gray) and "

@@ -12,6 +12,15 @@ from fcn_dist.sizes import show_size
 
 def main(argv: list[str]) -> None:
     """Parse, read, draw and write."""
+    options = build_parser().parse_args(argv)
+    from fcn_dist.reporting.report import write_report  # which is refused where matplotlib is not installed
+
+    path = write_report(options.runs, options.output)
+    console.print(f"{path}: {show_size(path.stat().st_size)}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="report.py", description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder that launch/train.py wrote")
     parser.add_argument(
@@ -20,8 +29,4 @@ def main(argv: list[str]) -> None:
         metavar="FILE",
         help="the page (default: report.html in the run, comparison.html in the first of several)",
     )
-    options = parser.parse_args(argv)
-    from fcn_dist.reporting.report import write_report  # which is refused where matplotlib is not installed
-
-    path = write_report(options.runs, options.output)
-    console.print(f"{path}: {show_size(path.stat().st_size)}")
+    return parser

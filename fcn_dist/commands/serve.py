@@ -12,14 +12,15 @@ from fcn_dist.sizes import parse_size
 
 def main(argv: list[str]) -> None:
     """Listen first, so that a taken port is told before the model is read; then serve until a signal."""
-    options = _parser().parse_args(argv)
+    options = build_parser().parse_args(argv)
     limits = Limits(parse_size(options.max_bytes), options.max_pixels, options.requests)
     with listen(options.host, options.port) as listener:
         predictor = Predictor.from_file(options.model, options.device, options.precision, views_of(options))
         serve(predictor, listener, limits)
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser("serve", description="Label images on a local page, or for scripts over HTTP.")
     add = parser.add_argument
     add("model", type=Path, help="model file, as launch/convert.py wrote it")

@@ -17,9 +17,9 @@ from fcn_dist.launching.supervise import Launch, supervise
 
 def main(argv: list[str]) -> None:
     """Be the rank, or exit with the code of the job."""
-    options, rest = _parser().parse_known_args(argv)
+    options, rest = build_parser().parse_known_args(argv)
     if {"-h", "--help"} & set(rest):
-        _parser().print_help()
+        build_parser().print_help()
         print()
     given = [f"--{name}" for name in ("ranks", "hostfile") if getattr(options, name) is not None]
     if "RANK" in os.environ and given:
@@ -30,7 +30,8 @@ def main(argv: list[str]) -> None:
     sys.exit(supervise(_launch(options, rest)))
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="fcn-dist train", description=__doc__, add_help=False, allow_abbrev=False, usage="%(prog)s [options]"
     )

@@ -11,7 +11,7 @@ from fcn_dist.errors import UserError
 
 def main(argv: list[str]) -> None:
     """Render as the arguments say, and print what was rendered."""
-    options = _parser().parse_args(argv)
+    options = build_parser().parse_args(argv)
     counts = {"training": options.training, "validation": options.validation}
     render(options.out, **counts, size=_size(options.size), seed=options.seed)
     console.print(
@@ -19,7 +19,8 @@ def main(argv: list[str]) -> None:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         "synthesize", description="Render synthetic scenes in the layout of ADEChallengeData2016."
     )

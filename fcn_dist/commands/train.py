@@ -22,11 +22,23 @@ def main(argv: list[str]) -> None:
 
 def run_config(argv: list[str]) -> RunConfig:
     """What the command line asks for."""
+    options = build_parser().parse_args(argv)
+    begun = options.resume or (options.auto_resume and (options.output / RUN_NAME).exists())
+    recipe = _recipe(options, begun)
+    deepspeed = read_deepspeed_config(options.deepspeed_config)
+    if begun and options.deepspeed_config is None:
+        deepspeed = read_run_record(options.output).deepspeed
+    start_from = Start.RESUME if options.resume else Start.AUTO if options.auto_resume else Start.NEW
+    return RunConfig(options.shards, options.output, recipe, deepspeed, start_from)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
     parser.add_argument("--shards", required=True, help="folder written by shards/create.py, or its URL")
     parser.add_argument("--output", type=Path, required=True, help="run folder, made by this command")
-    parser.add_argument("--recipe", type=Path, help="YAML, such as launch/recipes/sceneparsing.yaml")
-    parser.add_argument("--deepspeed_config", type=Path, help="JSON, such as launch/zero/zero2_bf16.json")
+    parser.add_argument("--recipe", type=Path, help="YAML, or a name of launch/recipes: camvid")
+    parser.add_argument("--deepspeed_config", type=Path, help="JSON, or a name of launch/zero: zero2_bf16")
     parser.add_argument("--steps", type=int, help="steps of the whole run, in place of the recipe's steps or epochs")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="continue the run in --output, as it began unless told")
@@ -37,14 +49,7 @@ def run_config(argv: list[str]) -> RunConfig:
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="override a recipe value"
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    options = parser.parse_args(argv)
-    begun = options.resume or (options.auto_resume and (options.output / RUN_NAME).exists())
-    recipe = _recipe(options, begun)
-    deepspeed = read_deepspeed_config(options.deepspeed_config)
-    if begun and options.deepspeed_config is None:
-        deepspeed = read_run_record(options.output).deepspeed
-    start_from = Start.RESUME if options.resume else Start.AUTO if options.auto_resume else Start.NEW
-    return RunConfig(options.shards, options.output, recipe, deepspeed, start_from)
+    return parser
 
 
 def _recipe(options: argparse.Namespace, begun: bool) -> Recipe:

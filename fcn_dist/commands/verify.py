@@ -12,7 +12,7 @@ from fcn_dist.files import write_text
 
 def main(argv: list[str]) -> None:
     """Verify; prints one line if all is well, and raises UserError that lists everything if not."""
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     reports = verify(arguments.out, arguments.deep, arguments.workers)
     if arguments.json:
         write_text(arguments.json, json.dumps(_as_json(reports), indent=1) + "\n")
@@ -35,7 +35,8 @@ def main(argv: list[str]) -> None:
     console.print(f"all good: {samples:,} samples in {shards:,} shards ({size / 1e6:,.1f} MB; {splits}) {depth}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser("verify", description="Check shard sets against their index.")
     parser.add_argument("out", type=Path, help="folder that create has written, or one split of it")
     parser.add_argument("--deep", action="store_true", help="also decode every sample and recount its pixels")

@@ -13,6 +13,7 @@ from typing import Any
 from fcn_dist.config import Recipe
 from fcn_dist.errors import UserError
 from fcn_dist.ranks import BatchPlan, cut_anew, plan_batches
+from fcn_dist.shipped import shipped
 
 AUTO = "auto"
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -45,15 +46,19 @@ class EngineConfig:
 
 
 def read_deepspeed_config(path: Path | None) -> dict[str, Any]:
-    """The JSON file's content; bf16 and ZeRO stage 1 with AdamW if `path` is None."""
+    """The JSON file's content; bf16 and ZeRO stage 1 with AdamW if `path` is None.
+
+    A bare name, such as `zero2_bf16`, is one of launch/zero.
+    """
     if path is None:
         return DEFAULT
+    path = shipped(path, "zero", ".json")
     try:
         values = json.loads(path.read_text())
     except OSError as error:
         raise UserError(
             f"DeepSpeed configuration {path} cannot be read ({error.strerror}); give a JSON file such as "
-            "launch/zero/zero2_bf16.json"
+            "launch/zero/zero2_bf16.json, or the name of one there"
         ) from error
     except ValueError as error:
         raise UserError(f"DeepSpeed configuration {path} is not JSON: {error}") from error

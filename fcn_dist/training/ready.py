@@ -21,14 +21,15 @@ from fcn_dist.model.preprocess import Preprocessing
 from fcn_dist.model.pretrained import load_weights, read_weights
 from fcn_dist.ranks import BatchPlan, Rank
 from fcn_dist.training.average import WeightAverage
-from fcn_dist.training.boards import summary_writer
 from fcn_dist.training.collective import device, on_rank_zero, start_ranks
 from fcn_dist.training.compiling import compile_network
 from fcn_dist.training.deepspeed_config import BATCH_KEYS, EngineConfig, resolve
 from fcn_dist.training.engine import Engine, build_engine
 from fcn_dist.training.entry import Entry, Start, clear, enter, hold_run_folder
+from fcn_dist.training.eventfiles import summary_writer
 from fcn_dist.training.fit import fit
 from fcn_dist.training.job import Job
+from fcn_dist.training.offlinerun import wandb_module
 from fcn_dist.training.restore import change_of_average, change_of_cut, read_state
 from fcn_dist.training.runfolder import (
     RUN_NAME,
@@ -81,6 +82,8 @@ def make_ready(config: RunConfig) -> Ready:
     check_cache_limit(shard_set, engine_config.plan, recipe.data, rank)
     if recipe.log.tensorboard:
         summary_writer()
+    if recipe.log.wandb:
+        wandb_module()
     model, description, filled = build_model(recipe, shard_set)
 
     start_ranks()

@@ -1,6 +1,6 @@
 """A whole training run: shards, a recipe and a DeepSpeed configuration in, a run folder out."""
 
-from contextlib import closing, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 from fcn_dist.data.loader import build_loader
@@ -9,9 +9,10 @@ from fcn_dist.errors import EXIT_REQUEUE, EarlyEnd
 from fcn_dist.scoring.metrics import Scores
 from fcn_dist.training.bad_samples import BadSamples
 from fcn_dist.training.beats import RANKS_DIR
-from fcn_dist.training.boards import TensorBoard
+from fcn_dist.training.boards import Board, Writer
 from fcn_dist.training.collective import noticing_lost_peers, of_all_ranks
 from fcn_dist.training.display import TrainingDisplay
+from fcn_dist.training.eventfiles import EventFiles
 from fcn_dist.training.finite import StepCheck
 from fcn_dist.training.intake import Intake
 from fcn_dist.training.job import Job
@@ -20,6 +21,7 @@ from fcn_dist.training.layers import LayerReport
 from fcn_dist.training.librarylogs import kept_in
 from fcn_dist.training.loop import Trainer
 from fcn_dist.training.meter import Meter
+from fcn_dist.training.offlinerun import OfflineRun
 from fcn_dist.training.pace import DeviceEvents, PaceReport
 from fcn_dist.training.phases import Phase, PhaseClock
 from fcn_dist.training.ready import Ready, RunConfig, make_ready
@@ -51,15 +53,17 @@ def _train(config: RunConfig, stop: StopRequest) -> Scores | None:
             print(f"{config.output} is trained to its last step, {job.steps}, already", flush=True)
         return None
     display = TrainingDisplay(job.steps, first_step, rank.world_size, ready.headline, shown=rank.index == 0)
-    board = open_board(config.output, ready) if job.recipe.log.tensorboard and rank.index == 0 else None
-    listeners = [display.hear, *([board.hear] if board else [])]
+    boards = open_boards(config.output, ready, display) if rank.index == 0 else []
+    listeners = [display.hear, *(board.hear for board in boards)]
     journal = Journal(config.output, first_step, listeners) if rank.index == 0 else None
     events = DeviceEvents() if job.device.type == "cuda" else None
     clock = PhaseClock(first_step, events.mark) if events else PhaseClock(first_step)
     watchdog = start_watchdog(config.output / RANKS_DIR, rank, clock, job.recipe.train.watchdog)
     logs = kept_in(config.output / RANKS_DIR / f"rank-{rank.index:05d}.log")
-    closing_board = closing(board) if board else nullcontext()
-    with watchdog, waits_measured(clock), logs, closing_board, display:
+    closing_boards = ExitStack()
+    for board in boards:
+        closing_boards.callback(board.close)
+    with watchdog, waits_measured(clock), logs, closing_boards, display:
         if journal:
             command = ready.record.command
             journal.write("start", first_step, world_size=rank.world_size, steps=job.steps, command=command)
@@ -115,10 +119,16 @@ def build_trainer(
     )
 
 
-def open_board(run_dir: Path, ready: Ready) -> TensorBoard:
-    """Of the learning rates, each group's has a curve of its own."""
+def open_boards(run_dir: Path, ready: Ready, display: TrainingDisplay) -> list[Board]:
+    """Those that the recipe asks for. Of the learning rates, each group's has a curve of its own."""
+    log, record, first_step = ready.job.recipe.log, ready.record, ready.entry.first_step
+    writers: list[tuple[Writer, int]] = []
+    if log.tensorboard:
+        writers.append((EventFiles(run_dir, record, first_step), first_step))
+    if log.wandb:
+        writers.append((OfflineRun(run_dir, record, display.say), 0))
     multipliers = {group.name: group.multiplier for group in ready.job.groups}
-    return TensorBoard(run_dir, ready.record, ready.entry.first_step, multipliers)
+    return [Board(run_dir, record, first, multipliers, writer) for writer, first in writers]
 
 
 def stopped(job: Job, keeper: Keeper, stop: StopRequest, done: int) -> EarlyEnd:
