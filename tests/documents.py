@@ -26,7 +26,8 @@ from fcn_dist.training.schedule import check_warmup
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
-PROGRAMS = {"python", "deepspeed", "fcn-dist", "torchrun", "bash", "sbatch", "curl", "pip", "tensorboard", "cp"}
+PROGRAMS = {"python", "deepspeed", "fcn-dist", "torchrun", "bash", "sbatch", "curl", "pip", "cp"}
+PROGRAMS |= {"tensorboard", "wandb"}
 READERS_OWN = {"RECIPE", "CONFIG", "street.yaml"}  # files that are not in the checkout
 ELISION = "..."  # a word that stands for the other arguments
 

@@ -27,6 +27,7 @@ HOURS = "trains for hours, or is meant for GPUs"
 INSTALLS = "installs packages"
 HOSTS = "needs several hosts"
 SLURM = "needs Slurm"
+ACCOUNT = "wants an account on a server elsewhere"
 BUCKET = "needs a bucket"
 FETCHES = "fetches the public data set"
 REHEARSED = "rehearses full-size steps for a minute; the command after it, with smaller crops, is run"
@@ -59,6 +60,7 @@ LISTED = {
     "--deepspeed_config launch/recipes/fcn_tensorflow.json --set model.weights=vgg19.pth "
     "--set model.weights_convention=torchvision": HOURS,
     "python launch/plan.py --recipe launch/recipes/sceneparsing.yaml --gpus 8 --gpu-memory 12GB": REHEARSED,
+    "wandb sync RUN/wandb/offline-run-*": ACCOUNT,
     "pip install '.[serve]'": INSTALLS,
     "pip install '.[report]'": INSTALLS,
 }

@@ -32,8 +32,13 @@ def board_of(run: Path, said: list[str], multipliers: dict[str, float] | None = 
     return Board(run, a_record(), 0, multipliers or {}, OfflineRun(run, a_record(), said.append))
 
 
+def services() -> list[psutil.Process]:
+    """wandb's own processes; other tests leave ranks that wait for them."""
+    return [child for child in psutil.Process().children() if child.name().startswith("wandb")]
+
+
 def service() -> psutil.Process:
-    (process,) = [child for child in psutil.Process().children() if child.name() == "wandb-core"]
+    (process,) = services()
     return process
 
 
@@ -55,7 +60,7 @@ def test_a_run_goes_on_under_its_id_and_has_no_step_twice(tmp_path: Path) -> Non
         assert service().is_running()
         board.close()
         assert (sys.exit, sys.excepthook) == exits and {**os.environ} == variables
-        assert not psutil.Process().children()
+        assert not services()
         (folder,) = folders(run)
         found.append(read_run(folder))
     first, second = found
@@ -99,7 +104,7 @@ def test_a_process_of_wandb_that_fails_is_said_once_and_nothing_is_left_of_it(
         board.hear(line("train", step, learning_rate=0.1, **{f"figure {n}": 1.0 for n in range(300)}))
     board.close()
     assert len(said) == 1 and said[0].startswith("Weights & Biases is left out from about step ")
-    assert not victim.is_running() and not psutil.Process().children()
+    assert not victim.is_running() and not services()
     assert read_run(folders(tmp_path)[0]).steps == [1], "what an earlier start has told"
 
 
@@ -124,7 +129,7 @@ def test_a_full_disk_is_said_and_what_an_earlier_start_has_told_is_kept(
         board.close()
     assert len(said) == 1 and "no space left on device" in said[0]
     assert read_run(folders(run)[0]).steps == [1]
-    assert not psutil.Process().children()
+    assert not services()
 
 
 def test_without_the_extra_its_name_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
