@@ -12,7 +12,7 @@ from fcn_dist.checkpoints.zero import GROUPS_KEY
 from fcn_dist.training.average import WeightAverage
 from fcn_dist.training.engine import Engine
 
-PROBE_SIZE = (96, 96)  # pixels; not square multiples of 32 would do as well, any size works
+PROBE_SIZE = (104, 104)  # pixels: more than 96, or fc6, 7 x 7 on every 32nd, has weights that meet nothing but padding
 
 
 def probe_image() -> Tensor:
