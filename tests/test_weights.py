@@ -8,7 +8,7 @@ import pytest
 import torch
 from saved_run import save_run
 
-from fcn_dist.checkpoints.records import check_storages, records_sha256
+from fcn_dist.checkpoints.records import check_descriptions, check_storages, records_sha256
 from fcn_dist.checkpoints.store import open_checkpoint
 from fcn_dist.checkpoints.weights import open_run
 from fcn_dist.errors import UserError
@@ -129,3 +129,40 @@ def test_storages_are_told_by_their_bytes(tmp_path: Path) -> None:
     (tmp_path / "kept.pt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"kept\.pt is no whole file of torch's"):
         records_sha256(tmp_path / "kept.pt")
+
+
+def test_a_bit_anywhere_in_the_list_of_records_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "kept.pt"
+    torch.save({"row": torch.arange(12.0), "column": torch.rand(3, 4)}, path)
+    whole, wanted = path.read_bytes(), records_sha256(path)
+    with ZipFile(path) as file:
+        begin = file.start_dir
+    for place in range(begin, len(whole)):
+        for bit in range(8):
+            flip(path, place, bit)
+            try:
+                assert records_sha256(path) != wanted
+            except ValueError as error:
+                assert str(error).startswith("kept.pt is no whole file of torch's")
+            path.write_bytes(whole)
+
+
+def test_a_bit_anywhere_in_a_description_is_noticed_or_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "kept.pt"
+    kept = {"row": torch.arange(12.0), "column": torch.rand(3, 4)}
+    torch.save(kept, path)
+    whole, noticed = path.read_bytes(), 0
+    with ZipFile(path) as file:
+        first = file.infolist()[0]
+        assert first.filename.endswith("data.pkl")
+    for place in range(first.header_offset, first.header_offset + 100 + first.file_size):
+        flip(path, place, place % 8)
+        try:
+            check_descriptions(path)
+            found = torch.load(path, weights_only=True)
+            assert all(torch.equal(found[name], tensor) for name, tensor in kept.items())
+        except ValueError as error:
+            assert str(error).startswith("kept.pt: its record ")
+            noticed += 1
+        path.write_bytes(whole)
+    assert noticed > first.file_size / 2

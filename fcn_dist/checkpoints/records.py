@@ -6,7 +6,7 @@ has the hash of, the weights alone are read and compared.
 """
 
 import hashlib
-import json
+import struct
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,22 +18,28 @@ from torch import Tensor
 
 STORAGES = "data"  # the folder of storages' records; all others are small
 THREADS = 8
+# What zipfile raises for lists and headers that are damaged, besides OSError.
+DAMAGE = (BadZipFile, EOFError, NotImplementedError, OverflowError, UnicodeDecodeError, struct.error)
 
 
 def records_sha256(path: Path) -> str:
-    """The hash of a file's list of records. Raises ValueError if there is none."""
-    listed = [(record.filename, record.file_size, record.CRC, record.header_offset) for record in _records(path)]
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    """The hash of a file's list of records, from there to its end. Raises ValueError if there is none."""
+    with _zip_of(path) as listed, path.open("rb") as file:
+        file.seek(listed.start_dir)
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def check_descriptions(path: Path) -> None:
-    """Compare all records but those of storages. Raises ValueError if one differs from its CRC-32."""
-    with ZipFile(path) as file:
+    """Compare all records but those of storages. Raises ValueError if one differs from its CRC-32.
+
+    The list of records is to be compared before.
+    """
+    with _zip_of(path) as file:
         for record in file.infolist():
             if Path(record.filename).parent.name != STORAGES:
                 try:
                     file.read(record)
-                except (BadZipFile, NotImplementedError, RuntimeError, OSError, EOFError) as error:
+                except DAMAGE as error:
                     raise ValueError(f"{path.name}: its record {record.filename} is damaged ({error})") from error
 
 
@@ -54,10 +60,14 @@ def check_storages(tensors: Iterable[Tensor], folder: Path) -> None:
 
 
 def _records(path: Path) -> list[ZipInfo]:
+    with _zip_of(path) as file:
+        return file.infolist()
+
+
+def _zip_of(path: Path) -> ZipFile:
     try:
-        with ZipFile(path) as file:
-            return file.infolist()
-    except (BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
+        return ZipFile(path)
+    except DAMAGE as error:
         raise ValueError(f"{path.name} is no whole file of torch's ({error})") from error
 
 
