@@ -36,7 +36,7 @@ def unproven(run: str, out: str) -> dict[str, Any]:
 
     from fcn_dist.checkpoints.consolidate import consolidate
     from fcn_dist.checkpoints.store import read_state
-    from fcn_dist.deploy.modelfile import write_content
+    from fcn_dist.deploy.modelfile import write_model_file
     from fcn_dist.model.description import ModelDescription
 
     folder, path = _checkpoint(run), Path(out + ".safetensors")
@@ -45,7 +45,7 @@ def unproven(run: str, out: str) -> dict[str, Any]:
             description = ModelDescription.from_dict(read_state(folder).model)
             model = description.build()
         found = consolidate(folder / "deepspeed", model)
-        write_content(path, found.state, description, {}, "float32")
+        write_model_file(path, found.state, description, {}, "float32")
     return {**figures, **_written(path)}
 
 

@@ -14,7 +14,7 @@ from fcn_dist.checkpoints.store import PROBE_NAME, PROBE_SCORES, Checkpoint, Dam
 from fcn_dist.checkpoints.universal import is_universal
 from fcn_dist.checkpoints.weights import Opened, described, open_run
 from fcn_dist.deploy.card import model_card
-from fcn_dist.deploy.modelfile import check_new, write_content
+from fcn_dist.deploy.modelfile import check_new, write_model_file
 from fcn_dist.deploy.proof import Agreement, compare, open_probe
 from fcn_dist.errors import UserError, named
 from fcn_dist.files import flushing, replacing
@@ -67,7 +67,7 @@ def convert(
     state = _Finite(found.state, torch_dtype(dtype))
     with replacing(out) as partial, flushing(partial):
         source = _source(checkpoint, found, dtype)
-        write_content(partial, state, opened.description, source, dtype)
+        write_model_file(partial, state, opened.description, source, dtype)
         state.check(checkpoint, dtype)
         agreement = compare(partial, checkpoint, found.weights, dtype)
         if not agreement.difference <= agreement.tolerance:  # not a number fails, too

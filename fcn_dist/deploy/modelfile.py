@@ -16,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fcn_dist.errors import UserError, named
-from fcn_dist.files import replacing
 from fcn_dist.model.description import ModelDescription
 from fcn_dist.model.fcn import FCN, torch_dtype
 
@@ -69,22 +68,8 @@ def write_model_file(
     source: Mapping[str, Any],
     dtype: str | None = None,
 ) -> None:
-    """Write a model file that is whole or not there. `model_state` is that of `description.build()`.
-
-    For the rest see `write_content`.
-    """
-    with replacing(path) as partial:
-        write_content(partial, model_state, description, source, dtype)
-
-
-def write_content(
-    path: Path,
-    model_state: Mapping[str, Tensor],
-    description: ModelDescription,
-    source: Mapping[str, Any],
-    dtype: str | None = None,
-) -> None:
-    """Write what a model file holds. `model_state` is asked for one tensor at a time.
+    """Write a model file, to a name that readers do not know yet: see files.replacing. `model_state` is that of
+    `description.build()`, and is asked for one tensor at a time.
 
     Parameters are stored as `dtype`, or, if it is None, as they are; buffers, of a wide range, as they are in any case.
     """
