@@ -10,7 +10,7 @@ import runpy
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -96,24 +96,19 @@ BLOCKS = [block for page, path in PAGES.items() for block in blocks(page, path.r
 
 
 class Parsed(Exception):
-    """What a command's parser made of its arguments, in place of what the command would do next."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        super().__init__(options)
-        self.options = options
+    """A script has parsed its arguments."""
 
 
 @contextmanager
-def parsing_alone(whole: bool) -> Iterator[None]:
-    """Within, every command ends where its arguments are parsed. Unless `whole`, none is required."""
+def parsing_alone() -> Iterator[None]:
+    """Within, a script ends where its arguments are parsed, in place of what it would do next."""
     parse = argparse.ArgumentParser.parse_args
 
-    def parse_and_end(parser: argparse.ArgumentParser, arguments: Any = None, namespace: Any = None) -> NoReturn:
-        if not whole:
-            loosen(parser)
-        raise Parsed(parse(parser, arguments, namespace))
+    def parse_and_end(parser: argparse.ArgumentParser, arguments: Any = None) -> NoReturn:
+        parse(parser, arguments)
+        raise Parsed
 
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse_and_end):
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse_and_end), suppress(Parsed):
         yield
 
 
@@ -148,8 +143,9 @@ def check_options(command: str) -> None:
     elif script.endswith(".sbatch"):
         check_command("train", words[words.index(script) + 1 :], whole)
     elif script.startswith("benchmarks/"):
-        with parsing_alone(whole), mock.patch.object(sys, "argv", words[words.index(script) :]):
-            take(lambda: runpy.run_path(str(ROOT / script), run_name="__main__"))
+        with parsing_alone(), mock.patch.object(sys, "argv", words[words.index(script) :]):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+            raise LookupError(f"{script} has parsed nothing")
     elif script.endswith(".py"):
         check_command(Path(script).stem, words[words.index(script) + 1 :], whole, alone=True)
 
@@ -172,26 +168,16 @@ def check_command(name: str, arguments: list[str], whole: bool, alone: bool = Fa
         raise LookupError(f"no command {name}")
     if name == "train" and not alone:
         _, arguments = supervise.build_parser().parse_known_args(arguments)
-    module = import_module(f"fcn_dist.commands.{name}")
-    with parsing_alone(whole):
-        options = take(lambda: module.main(arguments))
-    if options is None:
-        raise LookupError(f"{name} has no parser")
+    parser = import_module(f"fcn_dist.commands.{name}").build_parser()
+    if not whole:
+        loosen(parser)
+    options = parser.parse_args(arguments)
     if name == "train":
         check_training(options, arguments, whole)
     elif hasattr(options, "overrides"):
         from fcn_dist.recipefile import load_recipe
 
         load_recipe(in_checkout(options.recipe), options.overrides)
-
-
-def take(command: Any) -> argparse.Namespace | None:
-    """What its parser makes of the arguments."""
-    try:
-        command()
-    except Parsed as parsed:
-        return parsed.options
-    return None
 
 
 def check_training(options: argparse.Namespace, arguments: list[str], whole: bool) -> None:

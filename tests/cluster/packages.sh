@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Debian's packages for the tests on several hosts, on Slurm and in a browser. Needs root; changes nothing where they
-# are there.
+# Debian's packages for the tests on several hosts, on Slurm, in a browser, in several shells and of the pages' commands.
+# Needs root; changes nothing where they are there.
 #   bash tests/cluster/packages.sh
 set -euo pipefail
 
@@ -31,3 +31,5 @@ install() {
 
 install iproute2 openssh-server openssh-client pdsh slurm-wlm munge
 install chromium chromium-driver
+install zsh fish
+install curl
