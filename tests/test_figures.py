@@ -138,7 +138,7 @@ def test_what_other_pages_say_was_measured_is_in_the_results() -> None:
     score = {step: float(shares[f"step {step}"]["score layers"]) for step in (5, 80, 260)}
     ratios = sorted(float(row["ratio"]) for row in table("communication-cpu.md", "a step,").values())
     seeds, changes = table("camvid-cpu.md", "scores on"), table("ablation-cpu.md", "one change")
-    measured = re.search(r"(\d+ s) on .*; ([\d.]+ % pixel accuracy)", head_of("quickstart.yaml"))
+    measured = re.search(r"((?:\d+ min )?\d+ s) on .*; ([\d.]+ % pixel accuracy)", head_of("quickstart.yaml"))
     assert measured
     stated = {
         "README.md": [
