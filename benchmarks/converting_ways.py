@@ -34,7 +34,7 @@ def unproven(run: str, out: str) -> dict[str, Any]:
     """What ours does of what DeepSpeed's does: the weights, joined and written, and no more."""
     import torch
 
-    from fcn_dist.checkpoints.consolidate import consolidate
+    from fcn_dist.checkpoints.consolidate import AT_ONCE, Consolidated, consolidate
     from fcn_dist.checkpoints.store import read_state
     from fcn_dist.deploy.modelfile import write_model_file
     from fcn_dist.model.description import ModelDescription
@@ -44,8 +44,12 @@ def unproven(run: str, out: str) -> dict[str, Any]:
         with torch.device("meta"):
             description = ModelDescription.from_dict(read_state(folder).model)
             model = description.build()
-        found = consolidate(folder / "deepspeed", model)
-        write_model_file(path, found.state, description, {}, "float32")
+
+        def write(found: Consolidated) -> None:
+            runs = {name: tensor.runs(AT_ONCE) for name, tensor in found.split.items()}
+            write_model_file(path, runs, description, {}, "float32")
+
+        consolidate(folder / "deepspeed", model, use=write)
     return {**figures, **_written(path)}
 
 

@@ -223,6 +223,17 @@ def test_the_file_is_what_the_formats_own_writer_would_write(tmp_path: Path, dty
     assert header == theirs
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_tensor_may_come_in_runs(tmp_path: Path, dtype: str) -> None:
+    state = tiny_network().state_dict()
+    write_model_file(tmp_path / "whole", state, DESCRIPTION, {}, dtype)
+    runs = {name: (run for run in tensor.flatten().split(37)) for name, tensor in state.items()}
+    write_model_file(tmp_path / "runs", runs, DESCRIPTION, {}, dtype)
+    assert (tmp_path / "runs").read_bytes() == (tmp_path / "whole").read_bytes()
+    with pytest.raises(AssertionError, match=r"fc7\.bias"):
+        write_model_file(tmp_path / "short", state | {"fc7.bias": state["fc7.bias"][1:]}, DESCRIPTION, {}, dtype)
+
+
 def tensor_bytes(path: Path) -> bytes:
     content = path.read_bytes()
     return content[8 + int.from_bytes(content[:8], "little") :]

@@ -6,11 +6,13 @@ from zipfile import ZIP_STORED, ZipFile
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from saved_run import save_run
 
-from fcn_dist.checkpoints.records import check_descriptions, check_storages, records_sha256
+from fcn_dist.checkpoints.records import check_descriptions, check_storages, checking_storages, records_sha256
 from fcn_dist.checkpoints.store import open_checkpoint
 from fcn_dist.checkpoints.weights import open_run
+from fcn_dist.deploy.convert import convert
 from fcn_dist.errors import UserError
 from fcn_dist.model.fcn import FCN
 
@@ -60,6 +62,28 @@ def test_a_bit_of_the_weights_is_missed(tmp_path: Path) -> None:
     assert "differ from their CRC-32" in open_run(tmp_path).passed_over[0].reason
     with pytest.raises(UserError, match="has no whole checkpoint"):
         open_run(tmp_path, step=2)
+
+
+def test_a_conversion_that_meets_damage_while_it_writes_begins_again_with_the_checkpoint_before(tmp_path: Path) -> None:
+    path, models = saved(tmp_path / "run")
+    content, place = bytearray(path.read_bytes()), where(path, "weights")
+    content[place : place + 8] = b"\xff" * 8  # no number
+    path.write_bytes(content)
+    out = tmp_path / "model.safetensors"
+    conversion = convert(tmp_path / "run", out)
+    assert conversion.checkpoint.state.step == 1 and len(conversion.passed_over) == 1
+    assert conversion.parameters == sum(tensor.numel() for tensor in models[1].state_dict().values())
+    assert all(torch.equal(load_file(out)[name], tensor) for name, tensor in models[1].state_dict().items())
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["model.safetensors", "run"]
+
+
+def test_damage_is_what_is_told_whatever_came_of_damaged_weights(tmp_path: Path) -> None:
+    torch.save({"row": torch.arange(12.0)}, tmp_path / "kept.pt")
+    damaged, whole = [torch.arange(12.0) + 1], [torch.arange(12.0)]
+    with pytest.raises(ValueError, match="48 bytes of weights in"), checking_storages(damaged, tmp_path):
+        raise UserError("the weights are of another step")
+    with pytest.raises(UserError, match="of another step"), checking_storages(whole, tmp_path):
+        raise UserError("the weights are of another step")
 
 
 def test_a_bit_of_moments_is_none_of_the_weights_and_yet_nothing_to_continue_from(tmp_path: Path) -> None:

@@ -2,11 +2,11 @@
 
 The folder may be one that DeepSpeed's ds_to_universal made.
 
-Frozen parameters have no masters, so that under bf16 and fp16 their weights come out rounded. Tensors are joined when
-they are asked for: whoever goes through them one by one holds one at a time.
+Frozen parameters have no masters, so that under bf16 and fp16 their weights come out rounded. Nothing is joined before
+it is asked for: whoever goes through the tensors one by one holds one at a time, and through their runs, none.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fcn_dist.checkpoints.records import check_storages
+from fcn_dist.checkpoints.records import checking_storages
 from fcn_dist.checkpoints.savedfiles import SavedFiles, of_deepspeeds_form, open_files
 from fcn_dist.checkpoints.trainingstate import AVERAGE_KEY, SplitTensor, Trained, training_state
 from fcn_dist.checkpoints.universal import is_universal, read_universal
@@ -25,7 +25,7 @@ from fcn_dist.model.fcn import FCN
 
 Weights = Literal["trained", "averaged"]
 WEIGHTS = get_args(Weights)
-COMPARED = 1 << 22  # elements at once, few enough to stay in a processor's cache
+AT_ONCE = 1 << 22  # elements, few enough to stay in a processor's cache
 
 
 class Joined(Mapping[str, Tensor]):
@@ -49,7 +49,7 @@ class Joined(Mapping[str, Tensor]):
 class Consolidated:
     """All weights of a checkpoint, and where they came from."""
 
-    state: Joined  # parameters and floating buffers in float32
+    split: Mapping[str, SplitTensor]  # parameters and buffers as they are kept
     weights: Weights
     stage: int
     world_size: int
@@ -57,13 +57,23 @@ class Consolidated:
     rounded: tuple[str, ...]  # parameters that the checkpoint keeps in 16 bits only
     left_out: tuple[str, ...]  # parameters of auxiliary heads, which are in training alone
 
+    @property
+    def state(self) -> Joined:
+        """All of it as a state dict."""
+        return Joined(self.split)
 
-def consolidate(folder: Path, model: FCN, weights: Weights | None = None) -> Consolidated:
+
+Use = Callable[[Consolidated], None]
+
+
+def consolidate(folder: Path, model: FCN, weights: Weights | None = None, use: Use | None = None) -> Consolidated:
     """The state dict of `model` (whose own weights are not looked at) from DeepSpeed's files in `folder`.
 
     The weights are the averaged ones where there are any, unless `weights` says which. Auxiliary heads are left out.
     Raises UserError unless every parameter and buffer is there, whole, in its shape, and nothing else is, of heads
     likewise if there are any; ValueError if the bytes of one are not those that were written.
+
+    Meanwhile `use` may do something with it; if an error is raised, what it made is of no use.
     """
     if is_universal(folder):
         files, found = read_universal(folder)
@@ -76,14 +86,17 @@ def consolidate(folder: Path, model: FCN, weights: Weights | None = None) -> Con
     kept = _averages(found.trained, folder) if chosen == "averaged" else masters
     with of_deepspeeds_form(folder):
         read = list(_read_of(files, chosen))
-    check_storages(read, folder)
-    with of_deepspeeds_form(folder):
-        if files.stage < 3:
-            _check_agreement(masters, files)
         buffers = {
             name: SplitTensor(tuple(buffer.shape), (buffer.reshape(-1),)) for name, buffer in found.buffers.items()
         }
-        return _complete({**found.frozen, **kept, **buffers}, model, chosen, files)
+        consolidated = _complete({**found.frozen, **kept, **buffers}, model, chosen, files)
+    with checking_storages(read, folder):
+        if use is not None:
+            use(consolidated)
+        with of_deepspeeds_form(folder):
+            if files.stage < 3:
+                _check_agreement(masters, files)
+    return consolidated
 
 
 def _read_of(files: SavedFiles, weights: Weights) -> Iterator[Tensor]:
@@ -106,7 +119,7 @@ def _complete(state: dict[str, SplitTensor], model: FCN, weights: Weights, files
         del state[name]
     parameters = [name for name, _ in model.named_parameters()]
     return Consolidated(
-        Joined(state),
+        state,
         weights,
         files.stage,
         files.world_size,
@@ -146,18 +159,13 @@ def _check_agreement(masters: Mapping[str, SplitTensor], files: SavedFiles) -> N
 
 def _is_rounded(weight: Tensor, master: SplitTensor) -> bool:
     begin, flat = 0, weight.reshape(-1)
-    for part in master.parts:
-        for first, rounded in zip(_runs(part), _runs(flat[begin : begin + part.numel()]), strict=True):
-            same = first.to(weight.dtype)
-            # No number is equal to itself, and where training has diverged it is another error.
-            if not torch.equal(same, rounded) and not torch.allclose(same, rounded, rtol=0, atol=0, equal_nan=True):
-                return False
-        begin += part.numel()
+    for run in master.runs(AT_ONCE):
+        same, rounded = run.to(weight.dtype), flat[begin : begin + run.numel()]
+        # No number is equal to itself, and where training has diverged it is another error.
+        if not torch.equal(same, rounded) and not torch.allclose(same, rounded, rtol=0, atol=0, equal_nan=True):
+            return False
+        begin += run.numel()
     return True
-
-
-def _runs(flat: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(flat, COMPARED)
 
 
 def _check_complete(state: Mapping[str, SplitTensor], needed: Mapping[str, tuple[int, ...]], folder: Path) -> None:

@@ -8,8 +8,9 @@ has the hash of, the weights alone are read and compared.
 import hashlib
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile, ZipInfo
 
@@ -43,20 +44,32 @@ def check_descriptions(path: Path) -> None:
                     raise ValueError(f"{path.name}: its record {record.filename} is damaged ({error})") from error
 
 
-def check_storages(tensors: Iterable[Tensor], folder: Path) -> None:
-    """Compare what tensors that were mapped from files in `folder` lie in with those files' records.
+@contextmanager
+def checking_storages(tensors: Iterable[Tensor], folder: Path) -> Iterator[None]:
+    """During the block, compare the bytes of tensors that were mapped from files in `folder` with those files' records.
 
-    Raises ValueError if the bytes of a storage are those of no record, by size and CRC-32.
+    Raises ValueError if the bytes of a storage are those of no record, by size and CRC-32, whatever the block raised.
     """
     recorded = {(record.file_size, record.CRC) for path in folder.rglob("*.pt") for record in _records(path)}
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors if tensor.numel()}
     largest_first = sorted(storages.values(), key=lambda storage: -storage.nbytes())
     with ThreadPoolExecutor(THREADS) as pool:
-        for storage, found in zip(largest_first, pool.map(_crc, largest_first), strict=True):
-            if (storage.nbytes(), found) not in recorded:
-                raise ValueError(
-                    f"{storage.nbytes()} bytes of weights in {folder.name} differ from their CRC-32 (it is {found:08x})"
-                )
+        sums = pool.map(_crc, largest_first)
+        try:
+            yield
+        finally:
+            for storage, found in zip(largest_first, sums, strict=True):
+                if (storage.nbytes(), found) not in recorded:
+                    raise ValueError(
+                        f"{storage.nbytes()} bytes of weights in {folder.name} differ from their CRC-32 "
+                        f"(it is {found:08x})"
+                    )
+
+
+def check_storages(tensors: Iterable[Tensor], folder: Path) -> None:
+    """`checking_storages` with nothing else to do."""
+    with checking_storages(tensors, folder):
+        pass
 
 
 def _records(path: Path) -> list[ZipInfo]:

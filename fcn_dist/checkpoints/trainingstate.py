@@ -4,7 +4,7 @@ Nothing is read before it is asked for: tensors are parts of mapped files, and w
 elements copies just those.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -43,6 +43,11 @@ class SplitTensor:
             if first < last:
                 target[first - start : last - start].copy_(part[first - begin : last - begin])
             begin += part.numel()
+
+    def runs(self, elements: int) -> Iterator[Tensor]:
+        """All of them, in order, flat and as they lie, at most `elements` at a time."""
+        for part in self.parts:
+            yield from torch.split(part, elements)
 
     def joined(self) -> Tensor:
         """The whole, in its shape: a view of its part if it has but one."""

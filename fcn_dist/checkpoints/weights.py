@@ -1,6 +1,8 @@
 """A run folder in, the weights of its newest checkpoint that has them whole out, and which were passed over and why."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,10 +24,15 @@ class Opened:
     passed_over: tuple[Damage, ...]  # newer checkpoints, whose weights are damaged
 
 
-def open_run(run_dir: Path, step: int | None = None, weights: Weights | None = None) -> Opened:
+Use = Callable[[Checkpoint, ModelDescription, Consolidated], None]
+
+
+def open_run(run_dir: Path, step: int | None = None, weights: Weights | None = None, use: Use | None = None) -> Opened:
     """The weights of a run's newest checkpoint that has them whole, or of `step`; `weights` as of `consolidate`.
 
     Adam's moments are not looked at. Raises UserError if there is none.
+    While the weights are compared with what was written, `use` may do something with them. If they are damaged, it is
+    called again, with those of the checkpoint before.
     """
 
     def read(folder: Path) -> tuple[Checkpoint, ModelDescription, Consolidated]:
@@ -33,8 +40,9 @@ def open_run(run_dir: Path, step: int | None = None, weights: Weights | None = N
         description = described(checkpoint)
         with torch.device("meta"):
             model = description.build()
+        use_found = None if use is None else partial(use, checkpoint, description)
         try:
-            return checkpoint, description, consolidate(folder / DEEPSPEED_TAG, model, weights)
+            return checkpoint, description, consolidate(folder / DEEPSPEED_TAG, model, weights, use_found)
         except Unreadable as error:
             raise ValueError(str(error)) from error
 

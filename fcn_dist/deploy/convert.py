@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,17 @@ import torch
 from torch import Tensor
 
 import fcn_dist
-from fcn_dist.checkpoints.consolidate import Consolidated, Weights, consolidate
+from fcn_dist.checkpoints.consolidate import AT_ONCE, Consolidated, Weights, consolidate
 from fcn_dist.checkpoints.store import PROBE_NAME, PROBE_SCORES, Checkpoint, Damage, open_described
+from fcn_dist.checkpoints.trainingstate import SplitTensor
 from fcn_dist.checkpoints.universal import is_universal
-from fcn_dist.checkpoints.weights import Opened, described, open_run
+from fcn_dist.checkpoints.weights import Opened, Use, described, open_run
 from fcn_dist.deploy.card import model_card
 from fcn_dist.deploy.modelfile import check_new, write_model_file
 from fcn_dist.deploy.proof import Agreement, compare, open_probe
 from fcn_dist.errors import UserError, named
 from fcn_dist.files import flushing, replacing
+from fcn_dist.model.description import ModelDescription
 from fcn_dist.model.fcn import torch_dtype
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -55,21 +58,22 @@ def convert(
     The file appears only after it was read back and gave the scores that were recorded with these weights. Raises
     UserError if there is no whole checkpoint, if the scores differ, or if `out` exists and `overwrite` is false.
     """
-    out = Path(out)
+    out, run = Path(out), Path(run)
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; one of {', '.join(DTYPES)} is needed")
     check_new(out, overwrite)
-    opened = (
-        _open_universal(Path(run), step, weights) if is_universal(Path(run)) else open_run(Path(run), step, weights)
-    )
-    checkpoint, found = opened.checkpoint, opened.found
-    _check_manifest(checkpoint, found)
-    state = _Finite(found.state, torch_dtype(dtype))
-    with replacing(out) as partial, flushing(partial):
-        source = _source(checkpoint, found, dtype)
-        write_model_file(partial, state, opened.description, source, dtype)
+    written: list[_Finite] = []  # the last is of the checkpoint that was whole
+
+    def write(checkpoint: Checkpoint, description: ModelDescription, found: Consolidated) -> None:
+        _check_manifest(checkpoint, found)
+        written.append(_Finite(found.split, torch_dtype(dtype)))
+        write_model_file(temporary, written[-1], description, _source(checkpoint, found, dtype), dtype)
+
+    with replacing(out) as temporary, flushing(temporary):
+        opened = (_open_universal if is_universal(run) else open_run)(run, step, weights, write)
+        checkpoint, found, state = opened.checkpoint, opened.found, written[-1]
         state.check(checkpoint, dtype)
-        agreement = compare(partial, checkpoint, found.weights, dtype)
+        agreement = compare(temporary, checkpoint, found.weights, dtype)
         if not agreement.difference <= agreement.tolerance:  # not a number fails, too
             raise UserError(
                 f"the model converted from {checkpoint.dir} does not give the scores that the training engine "
@@ -81,7 +85,7 @@ def convert(
     )
 
 
-def _open_universal(folder: Path, step: int | None, weights: Weights | None) -> Opened:
+def _open_universal(folder: Path, step: int | None, weights: Weights | None, use: Use) -> Opened:
     if step is not None:
         raise UserError(f"{folder} is the universal checkpoint of one step; leave --step out")
     checkpoint = open_described(folder.resolve().parent, PROBE_NAME)
@@ -89,7 +93,7 @@ def _open_universal(folder: Path, step: int | None, weights: Weights | None) -> 
     with torch.device("meta"):
         model = description.build()
     try:
-        found = consolidate(folder, model, weights)
+        found = consolidate(folder, model, weights, partial(use, checkpoint, description))
     except ValueError as error:
         raise UserError(f"{folder} is damaged: {error}; run ds_to_universal again, or copy it again") from error
     if weights is None:
@@ -118,25 +122,25 @@ def _check_manifest(checkpoint: Checkpoint, found: Consolidated) -> None:
         )
 
 
-class _Finite(Mapping[str, Tensor]):
-    """A state dict that looks at what is read of it, each tensor once."""
+class _Finite(Mapping[str, Iterator[Tensor]]):
+    """Tensors in runs, which are looked at as they are read, each once."""
 
-    def __init__(self, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, state: Mapping[str, SplitTensor], dtype: torch.dtype) -> None:
         self.numbers = 0  # read
         self._state, self._dtype = state, dtype
-        self._infinite: list[str] = []
-        self._beyond: list[str] = []
+        self._infinite: dict[str, None] = {}  # names, in order
+        self._beyond: dict[str, None] = {}
 
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self._state[name]
-        self.numbers += tensor.numel()
-        if tensor.is_floating_point():
-            extremes = torch.stack(tensor.aminmax())  # no number makes both none
-            if not extremes.isfinite().all():
-                self._infinite.append(name)
-            elif not extremes.to(self._dtype).isfinite().all():
-                self._beyond.append(name)
-        return tensor
+    def __getitem__(self, name: str) -> Iterator[Tensor]:
+        for run in self._state[name].runs(AT_ONCE):
+            self.numbers += run.numel()
+            if run.is_floating_point() and run.numel():
+                extremes = torch.stack(run.aminmax())  # no number makes both none
+                if not extremes.isfinite().all():
+                    self._infinite[name] = None
+                elif not extremes.to(self._dtype).isfinite().all():
+                    self._beyond[name] = None
+            yield run
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._state)
@@ -148,12 +152,12 @@ class _Finite(Mapping[str, Tensor]):
         """Raise UserError unless everything was finite, and is in `dtype`."""
         if self._infinite:
             raise UserError(
-                f"{checkpoint.dir} holds weights that are no finite numbers in {named(self._infinite)}: training had "
-                "diverged; convert an earlier --step"
+                f"{checkpoint.dir} holds weights that are no finite numbers in {named(list(self._infinite))}: "
+                "training had diverged; convert an earlier --step"
             )
         if self._beyond:
             raise UserError(
-                f"weights of {named(self._beyond)} are beyond the range of {dtype}; choose bfloat16 or float32"
+                f"weights of {named(list(self._beyond))} are beyond the range of {dtype}; choose bfloat16 or float32"
             )
 
 

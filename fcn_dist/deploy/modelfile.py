@@ -5,7 +5,7 @@ source, which says where the weights came from and is for people. docs/modelfile
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -63,33 +63,41 @@ def check_new(out: Path, overwrite: bool) -> None:
 
 def write_model_file(
     path: Path,
-    model_state: Mapping[str, Tensor],
+    model_state: Mapping[str, Tensor] | Mapping[str, Iterable[Tensor]],
     description: ModelDescription,
     source: Mapping[str, Any],
     dtype: str | None = None,
 ) -> None:
     """Write a model file, to a name that readers do not know yet: see files.replacing. `model_state` is that of
-    `description.build()`, and is asked for one tensor at a time.
+    `description.build()`, and is asked for one tensor at a time; it may give a tensor's elements in several runs.
 
     Parameters are stored as `dtype`, or, if it is None, as they are; buffers, of a wide range, as they are in any case.
     """
     # The first key is that of the format's convention: who reads the tensors.
     metadata = {"format": "pt", METADATA_KEY: _text(description, source)}
     if dtype is None:
-        forms = {name: Form(tensor.dtype, tuple(tensor.shape)) for name, tensor in model_state.items()}
+        forms = {name: _form(tensor) for name, tensor in model_state.items()}
     else:
         with torch.device("meta"):
             model = description.build()
-        forms = {name: Form(tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+        forms = {name: _form(tensor) for name, tensor in model.state_dict().items()}
         parameters = {name for name, _ in model.named_parameters()}
         forms |= {name: Form(torch_dtype(dtype), forms[name].shape) for name in parameters}
     write_tensors(path, model_state, forms, metadata)
 
 
+def _form(tensor: object) -> Form:
+    assert isinstance(tensor, Tensor), "runs have no form of their own: say the dtype"
+    return Form(tensor.dtype, tuple(tensor.shape))
+
+
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], forms: Mapping[str, Form], metadata: Mapping[str, str]
+    path: Path,
+    tensors: Mapping[str, Tensor] | Mapping[str, Iterable[Tensor]],
+    forms: Mapping[str, Form],
+    metadata: Mapping[str, str],
 ) -> None:
-    """A safetensors file, one tensor after the other, each in the form that it is to have."""
+    """A safetensors file, one tensor after the other, whole or in runs, each in the form that it is to have."""
     # Widest numbers first, as the format's own writer has them: each tensor then begins at a multiple of its numbers.
     order = sorted(forms, key=lambda name: (-forms[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -103,9 +111,13 @@ def write_tensors(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            tensor = tensors[name].to(forms[name].dtype).contiguous()
-            assert tuple(tensor.shape) == forms[name].shape, name
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            tensor = tensors[name]
+            written = 0
+            for run in (tensor,) if isinstance(tensor, Tensor) else tensor:
+                numbers = run.to(forms[name].dtype).contiguous().reshape(-1)
+                file.write(numbers.view(torch.uint8).numpy().data)
+                written += len(numbers)
+            assert written == prod(forms[name].shape), name
 
 
 def read_model_file(path: Path) -> tuple[FCN, ModelFileInfo]:
