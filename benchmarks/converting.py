@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+import starting
 from launched import launch
 from measure import Contender, Measured, run_rounds
 from tables import Table, Target, ratio, targets_table, write_report
@@ -24,8 +25,9 @@ RANKS = 2
 CASES = ("bf16-1", "bf16-2", "bf16-3", "fp32-1", "fp32-2", "fp32-3")
 RANK_SCRIPT = Path(__file__).with_name("converting_rank.py")
 WAYS: tuple[tuple[str, str, dict[str, bool], str], ...] = (
-    ("DeepSpeed", "deepspeed", {"safe": False}, "torch's own form, its default; no check"),
-    ("DeepSpeed, safetensors", "deepspeed", {"safe": True}, "no check"),
+    ("DeepSpeed", "deepspeed", {}, "torch's own form, its default; no check, and not flushed to disk"),
+    ("DeepSpeed, flushed", "deepspeed", {"flush": True}, "likewise, and its file on disk at the end, as ours is"),
+    ("DeepSpeed, safetensors", "deepspeed", {"safe": True}, "no check, not flushed"),
     (
         "ours, unproven",
         "unproven",
@@ -39,14 +41,19 @@ WAYS: tuple[tuple[str, str, dict[str, bool], str], ...] = (
         "as the command does: numbers finite, too, flushed, read back, scores of the probe compared",
     ),
 )
+COMMANDS: tuple[tuple[str, dict[str, bool], str], ...] = (
+    ("DeepSpeed's command", {"ours": False}, "a process that imports its zero_to_fp32 and calls it"),
+    ("our command", {"ours": True}, "launch/convert.py, with every check and the flush"),
+)
 MOST_MEMORY = 1.2  # of the float32 weights, and a rank's file besides
 
 
 def contenders(case: str, run: Path) -> list[Contender]:
-    """All ways for one checkpoint."""
+    """All ways for one checkpoint, and the commands."""
+    ways = [*WAYS, *((name, "command", options, does) for name, options, does in COMMANDS)]
     return [
         Contender(f"{case}: {name}", f"converting_ways:{function}", {"run": str(run), **options}, does, writes=True)
-        for name, function, options, does in WAYS
+        for name, function, options, does in ways
     ]
 
 
@@ -96,15 +103,22 @@ def seconds(one: Measured) -> float | None:
 
 def targets(case: str, measured: Sequence[Measured]) -> list[Target]:
     """What ours is to keep to, for one checkpoint."""
-    default, safe, unproven, ours = measured
+    default, flushed, safe, unproven, ours, their_command, our_command = measured
     return [
+        Target(
+            f"{case}: seconds, the command over DeepSpeed's",
+            1.0,
+            ratio(seconds(our_command), seconds(their_command)),
+            True,
+        ),
+        Target(f"{case}: seconds, all, over DeepSpeed flushed", 1.0, ratio(seconds(ours), seconds(flushed)), True),
         Target(
             f"{case}: seconds, unproven, over DeepSpeed to safetensors",
             1.0,
             ratio(seconds(unproven), seconds(safe)),
             True,
         ),
-        Target(f"{case}: seconds, all, over DeepSpeed by default", 1.0, ratio(seconds(ours), seconds(default)), True),
+        Target(f"{case}: seconds, all, over DeepSpeed not flushed", 1.0, ratio(seconds(ours), seconds(default)), True),
         Target(
             f"{case}: memory of its own, all", MOST_MEMORY, None if ours.problem else share(ours, "anonymous"), True
         ),
@@ -128,8 +142,13 @@ def main(argv: list[str]) -> None:
         cases = [case for case in options.cases if not problems[case]]
         each = [way for case in cases for way in contenders(case, folder / case)]
         measured = run_rounds(each, options.rounds, Path(scratch), math.inf)
-    of_case = {case: measured[n * len(WAYS) : (n + 1) * len(WAYS)] for n, case in enumerate(cases)}
-    tables = [table(measured), targets_table([t for case, ways in of_case.items() for t in targets(case, ways)])]
+    count = len(WAYS) + len(COMMANDS)
+    of_case = {case: measured[n * count : (n + 1) * count] for n, case in enumerate(cases)}
+    tables = [
+        table([one for ways in of_case.values() for one in ways[: len(WAYS)]]),
+        starting.table([one for ways in of_case.values() for one in ways[len(WAYS) :]]),
+        targets_table([target for case, ways in of_case.items() for target in targets(case, ways)]),
+    ]
     facts = {f"no checkpoint of {case}": problem for case, problem in problems.items() if problem}
     write_report(options.output, "converting", facts, tables, measured)
 

@@ -7,6 +7,9 @@ it. `resident` (VmHWM) counts those too. Both are what is above the process with
 
 import gc
 import os
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +17,15 @@ from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
+from fcn_dist.files import sync
+
+CONVERT = Path(__file__).resolve().parents[1] / "launch" / "convert.py"
 INTERVAL = 0.001  # seconds
 ANONYMOUS, RESIDENT, MOST_RESIDENT = "RssAnon", "VmRSS", "VmHWM"
 
 
-def deepspeed(run: str, out: str, safe: bool) -> dict[str, Any]:
-    """DeepSpeed's converter; `safe`: to safetensors instead of torch's own form."""
+def deepspeed(run: str, out: str, safe: bool = False, flush: bool = False) -> dict[str, Any]:
+    """DeepSpeed's converter; `safe`: to safetensors instead of torch's own form; `flush`: until its file is on disk."""
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 
     folder = _checkpoint(run)
@@ -27,6 +33,9 @@ def deepspeed(run: str, out: str, safe: bool) -> dict[str, Any]:
         convert_zero_checkpoint_to_fp32_state_dict(
             str(folder), out, max_shard_size=None, safe_serialization=safe, tag="deepspeed"
         )
+        if flush:
+            for path in Path(out).rglob("*"):
+                sync(path)
     return {**figures, **_written(Path(out))}
 
 
@@ -61,6 +70,24 @@ def proven(run: str, out: str) -> dict[str, Any]:
     with measured() as figures:
         convert(run, path)
     return {**figures, **_written(path)}
+
+
+def command(run: str, out: str, ours: bool) -> dict[str, Any]:
+    """Either command, from its start to its end; `cpu` is of all its threads.
+
+    DeepSpeed's script itself cuts its file up by a package of others, which setup.cfg does not name: its function is
+    called instead.
+    """
+    theirs = (
+        "import sys; from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as convert; "
+        "convert(sys.argv[1], sys.argv[2], max_shard_size=None, tag='deepspeed')"
+    )
+    arguments = [str(CONVERT), run, out + ".safetensors"] if ours else ["-c", theirs, str(_checkpoint(run)), out]
+    began = perf_counter()
+    subprocess.run([sys.executable, *arguments], check=True)
+    seconds, used = perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    path = Path(out + ".safetensors") if ours else Path(out)
+    return {"seconds": seconds, "cpu": used.ru_utime + used.ru_stime, **_written(path)}
 
 
 def _checkpoint(run: str) -> Path:

@@ -1,5 +1,6 @@
 """Rank-0 output: what a person sees of a command, and how a command ends."""
 
+import errno
 import platform
 import sys
 import time
@@ -7,31 +8,38 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from fcn_dist.errors import EarlyEnd, LostPeer, UserError
+from fcn_dist.errors import EXIT_USER_ERROR, EarlyEnd, LostPeer, UserError
 from fcn_dist.ranks import Rank
 
 # A launcher ends the other ranks within about a second of the first failure, so a rank that is still alive after
 # this many seconds is the only one that met its error, and must tell it itself.
 SILENT_RANK_GRACE = 5.0
 
+# What the place of a file can have against it, by the system's number, and what to do about that.
+REMEDIES = {
+    errno.ENOSPC: "make room there, or choose a place on another disk",
+    errno.EDQUOT: "make room there, or choose a place on another disk",
+    errno.EROFS: "choose a place that is not mounted for reading alone",
+    errno.EACCES: "change its permissions, or choose another place",
+    errno.EPERM: "change its permissions, or choose another place",
+    errno.ENOTDIR: "a file stands where a folder is needed; choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
 console = Console(highlight=False, soft_wrap=True, markup=False)  # standard output: results
 status_console = Console(stderr=True, highlight=False, markup=False)  # standard error: progress
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Run `command` and return its exit code: 0, or with one message on standard error 2 for a UserError, and its own
-    code for an EarlyEnd, which all ranks raise together.
+    """Run `command` and return its exit code: 0, or with one message on standard error 2 for a UserError and for files
+    whose place is full or forbidden, and its own code for an EarlyEnd, which all ranks raise together.
 
     Anything else is a bug and keeps its traceback.
     """
     try:
         command()
     except UserError as error:
-        rank = Rank.from_environment()
-        if rank.index:
-            time.sleep(SILENT_RANK_GRACE)
-        where = f" (rank {rank.index})" if rank.index else ""
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        _tell(str(error))
         return error.code
     except EarlyEnd as end:
         if Rank.from_environment().index == 0:
@@ -45,4 +53,17 @@ def run_command(command: Callable[[], None]) -> int:
     except BrokenPipeError:
         # The reader of our output, such as `head`, has what it wanted.
         sys.stderr.close()
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        _tell(f"{error.filename or 'a file'}: {error.strerror}; {REMEDIES[error.errno]}")
+        return EXIT_USER_ERROR
     return 0
+
+
+def _tell(message: str) -> None:
+    rank = Rank.from_environment()
+    if rank.index:
+        time.sleep(SILENT_RANK_GRACE)
+    where = f" (rank {rank.index})" if rank.index else ""
+    print(f"error{where}: {message}", file=sys.stderr, flush=True)

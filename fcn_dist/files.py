@@ -11,7 +11,7 @@ from threading import Event
 
 from fcn_dist.errors import UserError
 
-FLUSHED_EVERY = 0.3  # seconds; each time costs, as a file that grows has its size written, too
+FLUSHED_EVERY = 0.1  # seconds; each time costs, as a file that grows has its size written, too
 
 
 @contextmanager
@@ -23,14 +23,25 @@ def replacing(path: Path, flush: bool = True) -> Iterator[Path]:
     # Processes on several machines can have one number, and write to one folder.
     partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
-        yield partial
-        if flush:
-            sync(partial)
-        partial.replace(path)
+        with naming(path):
+            yield partial
+            if flush:
+                sync(partial)
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     if flush:
         sync(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of the block that names no file is of `path`: a write to an open file does not say which."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 @contextmanager

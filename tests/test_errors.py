@@ -1,5 +1,6 @@
 """What users get wrong: exit code 2, one message on standard error that names it, no traceback, nothing lost."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import MakeScenes
 from launching import launch_alone, launch_ranks
+from saved_run import save_run
 
 from fcn_dist.commands.entry import run_script
 from fcn_dist.config import ModelConfig
@@ -176,3 +178,28 @@ def test_an_image_that_does_not_decode_does_not_keep_the_others_from_being_label
 def test_converting_a_folder_that_is_no_run(refused: Refused, tmp_path: Path) -> None:
     assert str(tmp_path / "run") in refused("convert", tmp_path / "run", tmp_path / "m.safetensors")
     assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_a_disk_that_is_full_is_named_by_what_it_cannot_hold_and_what_is_there_stays_whole(
+    refused: Refused, small_disk: Callable[[int], Path], scenes: Path, tmp_path: Path
+) -> None:
+    model, disk = model_file(tmp_path / "tiny.safetensors", 5), small_disk(40)
+    message = refused("predict", model, scenes / "images", "--output", disk / "out", "--device", "cpu")
+    assert str(disk / "out") in message and "No space left on device; make room there" in message
+    for line in (disk / "out" / "predictions.jsonl").read_text().splitlines():
+        assert all(Path(output).is_file() for output in json.loads(line)["outputs"])
+    assert not list(disk.rglob("*.partial"))
+    save_run(tmp_path / "run")
+    message = refused("convert", tmp_path / "run", disk / "model.safetensors")
+    assert f"{disk / 'model.safetensors'}: No space left on device; make room there" in message
+    assert [path.name for path in disk.iterdir()] == ["out"]
+
+
+def test_a_place_that_cannot_be_written_to_is_named(refused: Refused, scenes: Path, tmp_path: Path) -> None:
+    model = model_file(tmp_path / "tiny.safetensors", 5)
+    command = ["predict", model, scenes / "images", "--device", "cpu", "--output"]
+    assert f"{model / 'out'}: Not a directory; a file stands where a folder is needed" in refused(
+        *command, model / "out"
+    )
+    assert "/sys/out: Operation not permitted; change its permissions" in refused(*command, "/sys/out")
+    assert "File name too long; choose a shorter name" in refused(*command, tmp_path / ("x" * 300))

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,14 +39,29 @@ def open_run(run_dir: Path, step: int | None = None, weights: Weights | None = N
         description = described(checkpoint)
         with torch.device("meta"):
             model = description.build()
-        use_found = None if use is None else partial(use, checkpoint, description)
+
+        def use_found(found: Consolidated) -> None:
+            try:
+                if use is not None:
+                    use(checkpoint, description, found)
+            except Exception as error:
+                raise _UseFailed from error
+
         try:
             return checkpoint, description, consolidate(folder / DEEPSPEED_TAG, model, weights, use_found)
         except Unreadable as error:
             raise ValueError(str(error)) from error
 
-    opened, passed_over = newest(run_dir, step, read)
+    try:
+        opened, passed_over = newest(run_dir, step, read)
+    except _UseFailed as failure:
+        assert failure.__cause__ is not None
+        raise failure.__cause__ from None
     return Opened(*opened, tuple(passed_over))
+
+
+class _UseFailed(Exception):
+    """Its cause is none of the checkpoint's."""
 
 
 def described(checkpoint: Checkpoint) -> ModelDescription:

@@ -21,7 +21,7 @@ from fcn_dist.deploy.imagefiles import RECORD_NAME, Job, plan, read_rgb
 from fcn_dist.deploy.pictures import picture_with_legend, short_name, write_png
 from fcn_dist.deploy.predict import AUTO, PRECISIONS, Predictor, classes_found
 from fcn_dist.errors import UserError, named
-from fcn_dist.files import replacing, write_text
+from fcn_dist.files import naming, replacing, write_text
 from fcn_dist.model.devices import keep_freed_memory
 from fcn_dist.progress import count_progress
 
@@ -115,7 +115,8 @@ class Labelling:
 
     def _append(self, figures: Record) -> None:
         # In one call to the system: whoever is killed has written a line or none of it.
-        self._record.write((json.dumps(figures) + "\n").encode())
+        with naming(Path(self._record.name)):
+            self._record.write((json.dumps(figures) + "\n").encode())
 
 
 def main(argv: list[str]) -> None:

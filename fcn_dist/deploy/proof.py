@@ -24,7 +24,7 @@ from fcn_dist.model.fcn import torch_dtype
 # kinds of device err independently, hence twice to four times that. TF32 has the mantissa of float16.
 TOLERANCES = {"float32": 1e-4, "tf32": 4e-3, "float16": 4e-3, "bfloat16": 3e-2}
 
-OUTPUTS_AT_ONCE = 512
+OUTPUTS_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ def compare(path: Path, checkpoint: Checkpoint, weights: Weights, dtype: str) ->
     precision = checkpoint.state.precision
     autocast = checkpoint.state.deepspeed.get("torch_autocast") or {}
     arithmetic = str(autocast.get("dtype", "bfloat16")) if autocast.get("enabled") else precision
-    if not takes_columns(device.type, torch_dtype(precision)):
-        model.fc6 = _InParts(model.fc6)  # type: ignore[assignment]
     # The masters, or their averages, rounded to the engine's precision are what the engine computed with, to the bit.
+    if device.type == "cpu" and not takes_columns("cpu", torch_dtype(precision)):
+        model.fc6 = _InParts(model.fc6, torch_dtype(precision))  # type: ignore[assignment]
     model.to(device, torch_dtype(precision))
     mixed = torch.autocast(device.type, torch_dtype(arithmetic)) if autocast.get("enabled") else nullcontext()
     with torch.inference_mode(), mixed:
@@ -66,17 +66,19 @@ def compare(path: Path, checkpoint: Checkpoint, weights: Weights, dtype: str) ->
 
 
 class _InParts(nn.Module):
-    """A convolution, some outputs at a time: laid out anew for the processor, fc6's weights alone are 0.4 GB."""
+    """A convolution, rounded and computed some outputs at a time: fc6's weights, 0.4 GB of the file, stay mapped."""
 
-    def __init__(self, layer: nn.Conv2d) -> None:
+    def __init__(self, layer: nn.Conv2d, dtype: torch.dtype) -> None:
         super().__init__()
-        self.layer = layer
+        assert layer.bias is not None and isinstance(layer.padding, tuple)
+        self._padding, self._dtype = layer.padding, dtype
+        # No parameters: the network around it is rounded at once.
+        weights, biases = (torch.split(whole, OUTPUTS_AT_ONCE) for whole in (layer.weight, layer.bias))
+        self._parts = list(zip(weights, biases, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        layer = self.layer
-        assert layer.bias is not None and isinstance(layer.padding, tuple)
-        parts = zip(torch.split(layer.weight, OUTPUTS_AT_ONCE), torch.split(layer.bias, OUTPUTS_AT_ONCE), strict=True)
-        return torch.cat([F.conv2d(x, weight, bias, padding=layer.padding) for weight, bias in parts], dim=1)
+        rounded = ((weight.to(self._dtype), bias.to(self._dtype)) for weight, bias in self._parts)
+        return torch.cat([F.conv2d(x, weight, bias, padding=self._padding) for weight, bias in rounded], dim=1)
 
 
 def read_probe(checkpoint: Checkpoint, weights: Weights) -> tuple[Tensor, Tensor, str]:
