@@ -12,11 +12,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from entry import run_benchmark
 from measure import Measured
 from tables import DOES, Table, one_line, write_report
 from training_run import RECIPES, Training, check_weights, device, end, measured, options, shards_of
 
-from fcn_dist.console import run_command
 from fcn_dist.errors import UserError
 
 SHORT_SIDE = 120  # pixels of the images that are packed
@@ -112,4 +112,4 @@ def table(found: list[Measured]) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(sys.argv[1:])))
+    sys.exit(run_benchmark(main))

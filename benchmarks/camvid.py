@@ -14,12 +14,12 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+from entry import run_benchmark
 from measure import Measured
 from tables import Table, one_line, write_report
 from training_run import RECIPES, Training, check_weights, device, end, measured, options, shards_of
 
 from fcn_dist.config import ModelConfig
-from fcn_dist.console import run_command
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.model.fcn import FCN, HEAD_CHANNELS, scaled
 from fcn_dist.recipefile import load_recipe
@@ -153,4 +153,4 @@ def stages_of(config: ModelConfig) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(sys.argv[1:])))
+    sys.exit(run_benchmark(main))

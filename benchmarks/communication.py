@@ -20,12 +20,12 @@ from statistics import median
 from typing import Any
 
 import torch
+from entry import run_benchmark
 from launched import launch
 from measure import Contender, Measured
 from tables import Table, Target, targets_table, write_report
 
 from fcn_dist.config import ModelConfig
-from fcn_dist.console import run_command
 from fcn_dist.model.devices import multiplies_bfloat16
 from fcn_dist.sizes import show_size
 from fcn_dist.training.deepspeed_config import DEFAULT
@@ -175,4 +175,4 @@ def on_paper(setting: Setting, weights: Weights, options: argparse.Namespace) ->
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(sys.argv[1:])))
+    sys.exit(run_benchmark(main))

@@ -15,11 +15,12 @@ from pathlib import Path
 from statistics import median
 
 import starting
+from entry import run_benchmark
 from launched import launch
 from measure import Contender, Measured, run_rounds
 from tables import Table, Target, ratio, targets_table, write_report
 
-from fcn_dist.console import run_command, status_console
+from fcn_dist.console import status_console
 
 RANKS = 2
 CASES = ("bf16-1", "bf16-2", "bf16-3", "fp32-1", "fp32-2", "fp32-3")
@@ -154,4 +155,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(sys.argv[1:])))
+    sys.exit(run_benchmark(main))

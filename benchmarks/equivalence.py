@@ -15,11 +15,12 @@ import tempfile
 from pathlib import Path
 
 import torch
+from entry import run_benchmark
 from equivalence_page import Cell, Trained, update_page
 from launched import launch
 from tables import machine
 
-from fcn_dist.console import run_command, status_console
+from fcn_dist.console import status_console
 from fcn_dist.data.packing.run import pack
 from fcn_dist.data.synthetic import render
 from fcn_dist.errors import UserError
@@ -106,4 +107,4 @@ def _takes_fp16() -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(sys.argv[1:])))
+    sys.exit(run_benchmark(main))

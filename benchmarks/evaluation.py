@@ -15,10 +15,10 @@ from statistics import median
 from typing import Any
 
 import torch
+from entry import run_benchmark
 from measure import Contender, Measured, run_rounds
 from tables import DOES, Table, Target, median_rate, one_line, ratio, targets_table, write_report
 
-from fcn_dist.console import run_command
 from fcn_dist.errors import UserError
 from fcn_dist.model.devices import multiplies_bfloat16
 
@@ -115,4 +115,4 @@ def _rate(figures: dict[str, Any]) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(sys.argv[1:])))
+    sys.exit(run_benchmark(main))

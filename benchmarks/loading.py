@@ -14,11 +14,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from entry import run_benchmark
 from measure import INSTALL, Contender, Failed, Measured, missing, run_once, run_rounds
 from scenes_copies import link_copies
 from tables import Table, Target, fastest, median_rate, rate_table, ratio, targets_table, write_report
 
-from fcn_dist.console import run_command, status_console
+from fcn_dist.console import status_console
 from fcn_dist.errors import UserError
 
 BATCH = 32
@@ -193,4 +194,4 @@ def _targets(measured: dict[str, list[Measured]], latencies: Measured) -> list[T
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(sys.argv[1:])))
+    sys.exit(run_benchmark(main))

@@ -12,10 +12,10 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from entry import run_benchmark
 from measure import Contender, Failed, Measured, missing, run_once
 from tables import Table, write_report
 
-from fcn_dist.console import run_command
 from fcn_dist.errors import UserError
 
 SETTLED = 3  # the epoch from which growth is counted: buffers and pools are at their size by then
@@ -114,4 +114,4 @@ def _table(measured: Measured) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(sys.argv[1:])))
+    sys.exit(run_benchmark(main))

@@ -11,11 +11,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from entry import run_benchmark
 from measure import Contender, Measured, run_rounds
 from scenes_copies import link_copies
 from tables import Table, Target, fastest, median_rate, rate_table, ratio, targets_table, write_report
 
-from fcn_dist.console import run_command
 from fcn_dist.errors import UserError
 
 OURS = "decodes both, refuses damage and misfits, counts classes and channels, CRC-32, SHA-256, flushes to disk"
@@ -137,4 +137,4 @@ def _profile_table(profile: Measured, pairs: int) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(sys.argv[1:])))
+    sys.exit(run_benchmark(main))

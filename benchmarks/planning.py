@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from entry import run_benchmark
 from launched import ROOT, launch
 from measure import Contender, Measured
 from tables import Table, Target, one_line, targets_table, write_report
 
-from fcn_dist.console import run_command
 from fcn_dist.model.columns import takes_columns
 from fcn_dist.recipefile import load_recipe
 from fcn_dist.sizes import show_size
@@ -149,4 +149,4 @@ def measured(setting: Setting, values: Sequence[str], outputs: int, limit: float
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(sys.argv[1:])))
+    sys.exit(run_benchmark(main))

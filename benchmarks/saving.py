@@ -17,11 +17,11 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+from entry import run_benchmark
 from measure import Contender, Measured, run_rounds
 from tables import Table, write_report
 
 from fcn_dist.config import ModelConfig
-from fcn_dist.console import run_command
 from fcn_dist.model.fcn import parameter_count
 from fcn_dist.training.footprint import without_content
 
@@ -176,4 +176,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(sys.argv[1:])))
+    sys.exit(run_benchmark(main))

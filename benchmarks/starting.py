@@ -16,10 +16,9 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+from entry import run_benchmark
 from measure import Contender, Measured, run_rounds
 from tables import DOES, Table, Target, one_line, targets_table, write_report
-
-from fcn_dist.console import run_command
 
 PREDICT = Path(__file__).resolve().parents[1] / "launch" / "predict.py"
 MOST = 3.0  # seconds
@@ -82,4 +81,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(sys.argv[1:])))
+    sys.exit(run_benchmark(main))

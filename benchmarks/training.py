@@ -16,10 +16,10 @@ from statistics import median
 from typing import Any
 
 import torch
+from entry import run_benchmark
 from measure import Contender, Measured, run_rounds
 from tables import DOES, Table, Target, fastest, median_rate, one_line, ratio, targets_table, write_report
 
-from fcn_dist.console import run_command
 from fcn_dist.errors import UserError
 from fcn_dist.model.devices import peak_flops
 
@@ -246,4 +246,4 @@ def named(measured: list[Measured], name: str) -> Measured | None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(sys.argv[1:])))
+    sys.exit(run_benchmark(main))
