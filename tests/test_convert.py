@@ -15,6 +15,7 @@ from tiny_models import DESCRIPTION, tiny_network
 
 from fcn_dist.commands import convert as command
 from fcn_dist.commands.entry import run_script
+from fcn_dist.deploy import proof
 from fcn_dist.deploy.convert import convert
 from fcn_dist.deploy.modelfile import read_model_file
 from fcn_dist.deploy.predict import Predictor
@@ -63,6 +64,28 @@ def test_weights_are_stored_in_the_type_asked_for(tmp_path: Path, dtype: str) ->
     stored = load_file(tmp_path / "model.safetensors")
     wanted = model.fc6.weight.to(getattr(torch, dtype))
     assert torch.equal(stored["fc6.weight"], wanted)
+
+
+def test_emulated_arithmetic_is_computed_in_float32_unless_that_is_not_near_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's scores are of bfloat16 throughout. In the meantime a difference of a thousandth is too large."""
+    ways = []
+
+    def engine(probe: dict[str, Any]) -> dict[str, Any]:
+        model = tiny_network().bfloat16()
+        model.get_parameter("fc7.bias").data[3] = 0.5
+        with torch.inference_mode():
+            return {**probe, "scores": model(probe["image"], coarse=True).float().contiguous()}
+
+    save_run(tmp_path / "run", edit_probe=engine, state=replace(STATE, precision="bfloat16"))
+    for multiplied, tolerance in ((True, 3e-2), (False, 0.2), (False, 1e-3)):
+        monkeypatch.setattr(proof, "multiplies", lambda *_, able=multiplied: able)
+        monkeypatch.setitem(proof.TOLERANCES, "bfloat16", tolerance)
+        found = convert(tmp_path / "run", tmp_path / "model.safetensors", overwrite=True).agreement
+        ways.append(found.arithmetic)
+        assert found.difference <= tolerance and (found.difference == 0.0) == (found.arithmetic == "bfloat16 on cpu")
+    assert ways == ["bfloat16 on cpu", "float32 with weights in bfloat16 on cpu", "bfloat16 on cpu"]
 
 
 def test_scores_that_differ_are_an_error_and_leave_no_file(tmp_path: Path) -> None:

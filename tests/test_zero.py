@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fcn_dist.checkpoints.consolidate import Consolidated, consolidate
 from fcn_dist.checkpoints.restricted import load_restricted
-from fcn_dist.deploy.convert import convert
+from fcn_dist.deploy import proof
+from fcn_dist.deploy.convert import Conversion, convert
 from fcn_dist.errors import UserError
 
 SCRIPT = Path(__file__).with_name("save_checkpoints.py")
@@ -78,10 +79,20 @@ def test_two_ranks_under_zero_2_in_bf16_give_the_engines_float32_masters(saved: 
     assert not torch.equal(trained, trained.bfloat16().float())  # the masters hold more than bf16 does
 
 
+def assert_agrees(conversion: Conversion, precision: str) -> None:
+    """With the engine's scores, in its own arithmetic to the bit, and where that is emulated, too."""
+    for multiplied in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(proof, "multiplies", lambda *_, able=multiplied: able)
+            found = proof.compare(conversion.path, conversion.checkpoint, conversion.weights, "float32")
+        assert found.difference <= found.tolerance
+        if multiplied:
+            assert found.arithmetic == f"{precision} on cpu" and found.difference <= 1e-3
+
+
 def test_the_model_file_of_two_bf16_ranks_gives_the_engines_scores(saved: Path, tmp_path: Path) -> None:
     conversion = convert(saved / "bf16-2", tmp_path / "model.safetensors", weights="trained")
-    assert conversion.agreement.arithmetic == "bfloat16 on cpu"
-    assert conversion.agreement.difference <= 1e-3
+    assert_agrees(conversion, "bfloat16")
     assert_same_weights(load_file(conversion.path), load_file(saved / "bf16-2.safetensors"))
 
 
@@ -96,9 +107,11 @@ def test_every_stage_and_precision_gives_the_engines_masters_and_scores(world_si
         assert_same_weights(weights.state, wanted)
         assert weights.rounded == (() if case.startswith("fp32") else FROZEN), case
         trained, averaged = tmp_path / f"{case}.trained", tmp_path / f"{case}.averaged"
-        assert convert(tmp_path / case, trained, weights="trained").agreement.difference <= 1e-3, case
+        precision = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[case.split("-")[0]]
+        assert_agrees(convert(tmp_path / case, trained, weights="trained"), precision)
         conversion = convert(tmp_path / case, averaged)
-        assert conversion.weights == "averaged" and conversion.agreement.difference <= 1e-3, case
+        assert conversion.weights == "averaged", case
+        assert_agrees(conversion, precision)
         assert not torch.equal(load_file(averaged)["fc6.weight"], load_file(trained)["fc6.weight"]), case
         if case.count("-") == 1 and not case.endswith("0"):
             assert_deepspeed_agrees(deepspeed_files(tmp_path / case), weights.state)

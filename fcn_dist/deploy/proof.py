@@ -1,7 +1,7 @@
 """A model file and what the training engine recorded with its weights in, how the two agree out."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fcn_dist.checkpoints.consolidate import Weights
 from fcn_dist.checkpoints.store import PROBE_NAME, PROBE_SCORES, Checkpoint
 from fcn_dist.deploy.modelfile import read_model_file
 from fcn_dist.errors import UserError
-from fcn_dist.model.columns import takes_columns
+from fcn_dist.model.columns import convolve
+from fcn_dist.model.devices import multiplies
 from fcn_dist.model.fcn import torch_dtype
 
 # Largest difference of any score, as a share of the largest score, by the coarsest arithmetic on either side. Weights
@@ -38,31 +38,49 @@ class Agreement:
 
 
 def compare(path: Path, checkpoint: Checkpoint, weights: Weights, dtype: str) -> Agreement:
-    """Read the file as a user would, and score the probe image in the arithmetic of the engine that recorded it."""
+    """Read the file as a user would, and score the probe image as the engine did that recorded its scores.
+
+    That is in the engine's arithmetic; or, on a device that emulates it, in float32, whose own rounding is nothing
+    beside the engine's, and in the engine's only if that is not near enough.
+    """
     image, expected, recorded_on = read_probe(checkpoint, weights)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, _ = read_model_file(path)
     precision = checkpoint.state.precision
     autocast = checkpoint.state.deepspeed.get("torch_autocast") or {}
     arithmetic = str(autocast.get("dtype", "bfloat16")) if autocast.get("enabled") else precision
-    # The masters, or their averages, rounded to the engine's precision are what the engine computed with, to the bit.
-    if device.type == "cpu" and not takes_columns("cpu", torch_dtype(precision)):
-        model.fc6 = _InParts(model.fc6, torch_dtype(precision))  # type: ignore[assignment]
-    model.to(device, torch_dtype(precision))
-    mixed = torch.autocast(device.type, torch_dtype(arithmetic)) if autocast.get("enabled") else nullcontext()
+    emulated = not multiplies(device, torch_dtype(arithmetic)) and not autocast.get("enabled")
+    # What a GPU's convolutions may round float32 to is TF32.
+    known_as = "tf32" if arithmetic == "float32" and (device.type, recorded_on) != ("cpu", "cpu") else arithmetic
+    tolerance = max(TOLERANCES[known_as], TOLERANCES[dtype])
+    for computed_in in ("float32", arithmetic) if emulated else (arithmetic,):
+        scores = _scores(path, image.to(device), precision, computed_in)
+        if scores.shape != expected.shape:
+            raise UserError(
+                f"{checkpoint.dir / PROBE_NAME} holds scores {tuple(expected.shape)}, and the model gives "
+                f"{tuple(scores.shape)}; restore the checkpoint from a copy, or convert another step"
+            )
+        difference = float((scores - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
+        if difference <= tolerance:
+            break
+    ran_in = known_as if computed_in == arithmetic else f"{computed_in} with weights in {arithmetic}"
+    return Agreement(f"{ran_in} on {device.type}", scores.numel(), difference, tolerance)
+
+
+def _scores(path: Path, image: Tensor, precision: str, computed_in: str) -> Tensor:
+    """Of the file's network. Rounded to `precision`, masters or their averages are what the engine computed with."""
+    device, rounded = image.device, torch_dtype(precision)
+    model, _ = read_model_file(path)
+    if device.type == "cpu" and rounded != torch.float32:
+        model.fc6 = _InParts(model.fc6, rounded)  # type: ignore[assignment]
+    model.to(device, rounded)
+    mixed: AbstractContextManager[object] = nullcontext()
+    if computed_in == "float32":
+        model.float()
+    elif computed_in != precision:
+        mixed = torch.autocast(device.type, torch_dtype(computed_in))
     with torch.inference_mode(), mixed:
-        scores = model(image.to(device), coarse=True).float().cpu()
-    if scores.shape != expected.shape:
-        raise UserError(
-            f"{checkpoint.dir / PROBE_NAME} holds scores {tuple(expected.shape)}, and the model gives "
-            f"{tuple(scores.shape)}; restore the checkpoint from a copy, or convert another step"
-        )
-    if arithmetic == "float32" and (device.type, recorded_on) != ("cpu", "cpu"):
-        arithmetic = "tf32"  # what a GPU's convolutions may round float32 to
-    largest = float(expected.abs().max())
-    difference = float((scores - expected).abs().max()) / (largest or 1.0)
-    tolerance = max(TOLERANCES[arithmetic], TOLERANCES[dtype])
-    return Agreement(f"{arithmetic} on {device.type}", scores.numel(), difference, tolerance)
+        scores: Tensor = model(image, coarse=True)
+    return scores.float().cpu()
 
 
 class _InParts(nn.Module):
@@ -70,15 +88,18 @@ class _InParts(nn.Module):
 
     def __init__(self, layer: nn.Conv2d, dtype: torch.dtype) -> None:
         super().__init__()
-        assert layer.bias is not None and isinstance(layer.padding, tuple)
-        self._padding, self._dtype = layer.padding, dtype
+        assert layer.bias is not None
+        self._padding, self._dtype = int(layer.padding[0]), dtype
         # No parameters: the network around it is rounded at once.
         weights, biases = (torch.split(whole, OUTPUTS_AT_ONCE) for whole in (layer.weight, layer.bias))
         self._parts = list(zip(weights, biases, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        rounded = ((weight.to(self._dtype), bias.to(self._dtype)) for weight, bias in self._parts)
-        return torch.cat([F.conv2d(x, weight, bias, padding=self._padding) for weight, bias in rounded], dim=1)
+        parts = []
+        for part in self._parts:
+            weight, bias = (each.to(self._dtype).to(x.dtype) for each in part)
+            parts.append(convolve(x, weight, bias, self._padding))
+        return torch.cat(parts, dim=1)
 
 
 def read_probe(checkpoint: Checkpoint, weights: Weights) -> tuple[Tensor, Tensor, str]:

@@ -47,6 +47,16 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return bool(able.get("amx_bf16") or able.get("avx512_bf16"))
 
 
+def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `device` has instructions for products of `dtype`, rather than emulate them."""
+    if dtype == torch.bfloat16:
+        return multiplies_bfloat16(device)
+    if dtype == torch.float16 and device.type == "cpu":
+        able = torch.cpu.get_capabilities()
+        return bool(able.get("amx_fp16") or able.get("avx512_fp16"))
+    return True
+
+
 def peak_memory(device: torch.device) -> int:
     """The most bytes that torch has held at once on a CUDA device; on CPU, that this process has."""
     if device.type == "cuda":
