@@ -1,13 +1,16 @@
 """The image that a conversion is proven with: a network with one other weight would show it."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import DESCRIPTION, tiny_network
 
-from fcn_dist.training.state import probe_image
+from fcn_dist.deploy.proof import TOLERANCES
+from fcn_dist.training.state import PROBE_SIZE, probe_image
 
 
 @pytest.mark.parametrize("geometry", ["same", "reference"])
@@ -26,3 +29,12 @@ def test_it_is_the_same_each_time() -> None:
     image = probe_image()
     assert image.dtype == torch.uint8 and torch.equal(image, probe_image())
     assert image.float().std() > 30
+
+
+def test_the_page_has_the_size_and_the_tolerances() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "modelfile.md").read_text()
+    section = page.split("## What is proven")[1].split("## ")[0]
+    assert f"an image of {PROBE_SIZE[0]}x{PROBE_SIZE[1]} " in section
+    row = [float(cell) for cell in re.findall(r"\de-\d", section)]
+    assert row == [TOLERANCES["float32"], TOLERANCES["float16"], TOLERANCES["bfloat16"]]
+    assert TOLERANCES["tf32"] == TOLERANCES["float16"]
