@@ -36,7 +36,7 @@ LISTED = {
     "bash tests/run.sh": INSTALLS,
     "python shards/download.py ADEChallengeData2016": FETCHES,
     "deepspeed launch/train.py --shards shards-ade --output runs/fcn8s --recipe launch/recipes/sceneparsing.yaml "
-    "--deepspeed_config launch/zero/zero1_bf16.json --set model.weights=vgg16.pth "
+    "--deepspeed_config launch/zero/zero1_bf16.json --set model.weights=vgg16-397923af.pth "
     "--set model.weights_convention=torchvision": HOURS,
     "deepspeed --num_gpus 2 launch/train.py --shards shards-camvid --output runs/camvid "
     "--recipe launch/recipes/camvid_cpu.yaml --deepspeed_config launch/zero/zero1_fp32.json "
@@ -52,12 +52,13 @@ LISTED = {
     "deepspeed --num_gpus 1 launch/train.py --shards SHARDS --output RUN --recipe launch/recipes/camvid.yaml "
     "--deepspeed_config launch/zero/zero1_bf16.json --set model.weights=vgg16_conv_caffe.safetensors": HOURS,
     "deepspeed launch/train.py --shards SHARDS --output RUN --recipe launch/recipes/sceneparsing.yaml "
-    "--deepspeed_config launch/zero/zero1_bf16.json --set model.weights=vgg16.safetensors": HOURS,
+    "--deepspeed_config launch/zero/zero1_bf16.json --set model.weights=vgg16-397923af.pth "
+    "--set model.weights_convention=torchvision": HOURS,
     "deepspeed --num_gpus 1 launch/train.py --shards SHARDS --output RUN "
     "--recipe launch/recipes/reference_atonce.yaml --deepspeed_config launch/recipes/reference_atonce.json "
     "--set model.weights=vgg16_conv_caffe.safetensors": HOURS,
     "deepspeed launch/train.py --shards SHARDS --output RUN --recipe launch/recipes/fcn_tensorflow.yaml "
-    "--deepspeed_config launch/recipes/fcn_tensorflow.json --set model.weights=vgg19.pth "
+    "--deepspeed_config launch/recipes/fcn_tensorflow.json --set model.weights=vgg19-dcbb9e9d.pth "
     "--set model.weights_convention=torchvision": HOURS,
     "python launch/plan.py --recipe launch/recipes/sceneparsing.yaml --gpus 8 --gpu-memory 12GB": REHEARSED,
     "wandb sync RUN/wandb/offline-run-*": ACCOUNT,

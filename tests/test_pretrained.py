@@ -57,6 +57,20 @@ def test_the_trunk_and_the_classifier_go_where_they_belong() -> None:
     torch.testing.assert_close(found, hidden, rtol=1e-4, atol=1e-3)
 
 
+def test_a_classifier_that_begins_with_a_layer_without_weights_is_found_as_well() -> None:
+    """As in the Caffe networks that jcjohnson/pytorch-vgg has in torch's form."""
+    state, moved = vgg_state(), {"classifier.0": "classifier.1", "classifier.3": "classifier.4"}
+    other = {}
+    for name, tensor in state.items():
+        layer, _, kind = name.rpartition(".")
+        other[f"{moved.get(layer, layer)}.{kind}"] = tensor
+    assert other.keys() != state.keys()
+    models = small(), small()
+    assert load_weights(models[0], state, "vgg.pth") == load_weights(models[1], other, "caffe.pth")
+    for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
 @pytest.mark.parametrize("state", [vgg_state(head=HEAD + 1), vgg_state(classifier=False)])
 def test_a_classifier_that_is_absent_or_of_another_width_is_left_out(state: dict[str, Tensor]) -> None:
     model = small()

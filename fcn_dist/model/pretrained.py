@@ -14,8 +14,14 @@ from fcn_dist.model.fcn import BATCH_NORM, FCN
 from fcn_dist.model.preprocess import CAFFE, TORCHVISION, Preprocessing
 
 CONVENTIONS = {"caffe": CAFFE, "torchvision": TORCHVISION}
-# Where torchvision's classifier keeps what fc6 and fc7 are as convolutions, and the kernel each becomes.
-CLASSIFIER = {"classifier.0": ("fc6", 7), "classifier.3": ("fc7", 1)}
+# Where a classifier keeps what fc6 and fc7 are as convolutions, and the kernel each becomes: torchvision's, and that of
+# the Caffe networks in torch's form, which begins with a layer that flattens.
+CLASSIFIER = {
+    "classifier.0": ("fc6", 7),
+    "classifier.3": ("fc7", 1),
+    "classifier.1": ("fc6", 7),
+    "classifier.4": ("fc7", 1),
+}
 # Files of torch before 0.4.1 do not have the count of batches; nothing here depends on it.
 COUNTER = "num_batches_tracked"
 VARIANCE = "running_var"
