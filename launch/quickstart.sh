@@ -49,3 +49,4 @@ step python "$root/launch/predict.py" "$folder/model.safetensors" "$folder/scene
 echo
 echo "done in $((SECONDS / 60)) min $((SECONDS % 60)) s; the run on one page: $folder/run/report.html"
 echo "image, truth and prediction side by side: $folder/sheet.png"
+echo "to go on in this shell: . .venv/bin/activate"

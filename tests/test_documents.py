@@ -62,8 +62,8 @@ LISTED = {
     "--set model.weights_convention=torchvision": HOURS,
     "python launch/plan.py --recipe launch/recipes/sceneparsing.yaml --gpus 8 --gpu-memory 12GB": REHEARSED,
     "wandb sync RUN/wandb/offline-run-*": ACCOUNT,
-    "pip install '.[serve]'": INSTALLS,
-    "pip install '.[report]'": INSTALLS,
+    "pip install -e '.[serve]'": INSTALLS,
+    "pip install -e '.[report]'": INSTALLS,
 }
 PAGES_THAT_LAUNCH = {"README.md", "docs/clusters.md", "docs/evaluating.md", "docs/memory.md", "docs/resuming.md"}
 SLOW = PAGES_THAT_LAUNCH | {"docs/dataset.md", "docs/modelfile.md", "docs/watching.md"}

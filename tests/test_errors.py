@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -203,3 +205,34 @@ def test_a_place_that_cannot_be_written_to_is_named(refused: Refused, scenes: Pa
     )
     assert "/sys/out: Operation not permitted; change its permissions" in refused(*command, "/sys/out")
     assert "File name too long; choose a shorter name" in refused(*command, tmp_path / ("x" * 300))
+
+
+def test_outside_of_the_environment_a_script_says_how_to_enter_it() -> None:
+    code = "import runpy, sys; sys.modules['rich'] = None; runpy.run_path('launch/predict.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {sys.executable} has no rich; ") and ". .venv/bin/activate" in done.stderr
+
+
+def test_a_run_that_is_there_is_named_before_what_a_new_one_would_lack(
+    refused: Refused, shards: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    message = refused("train", "--shards", shards, "--output", tmp_path)
+    assert f"{tmp_path} holds a run already" in message and "--resume" in message
+
+
+def test_a_split_in_place_of_its_set_and_a_missing_split_to_evaluate_on(refused: Refused, shards: Path) -> None:
+    train = ["train", "--output", shards / "run", "--set", "train.global_batch=2", "--shards"]
+    assert f"name the folder above, {shards}" in refused(*train, shards / "training")
+    (shards / "validation" / "index.json").unlink()
+    assert "--set evaluate.at_end=false --set evaluate.every=null" in refused(*train, shards)
+
+
+def test_a_name_that_ends_as_another_form_does(refused: Refused, scenes: Path, tmp_path: Path) -> None:
+    message = refused("convert", tmp_path, tmp_path / "m.safetensors", "--to", "onnx")
+    assert "ends as a file of --to safetensors does, and --to onnx is given" in message
+    graph = tmp_path / "m.onnx"
+    graph.write_bytes(b"\x08\x0a" * 50)
+    message = refused("predict", graph, scenes / "images", "--output", tmp_path / "out")
+    assert f"{graph} is a graph for other runtimes" in message

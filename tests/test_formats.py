@@ -115,8 +115,12 @@ def test_every_event_that_the_code_writes_is_documented_with_its_keys() -> None:
 def test_scores_and_predictions(run: Path, shards: Path, tmp_path: Path) -> None:
     scores_path, model = tmp_path / "scores.json", tmp_path / "model.safetensors"
     assert run_script("convert", [str(run), str(model)]) == 0
-    assert run_script("evaluate", ["--model", str(model), "--shards", str(shards), "--json", str(scores_path)]) == 0
+    looks = ["--flip", "--precision", "bfloat16"]
+    command = ["--model", str(model), "--shards", str(shards), "--json", str(scores_path), *looks]
+    assert run_script("evaluate", command) == 0
     scores = read(scores_path)
+    assert scores["precision"] == "bfloat16" and scores["views"]["flip"] is True
+    assert quoted(next(row[1] for row in rows("`scores.json`") if "`views`" in row[0])) == set(scores["views"])
     assert keys("`scores.json`") == set(scores)
     listed = {key: quoted(row[1]) for row in rows("`scores.json`") for key in quoted(row[0])}
     for key in ("official", "paper"):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -12,12 +13,23 @@ from fcn_dist.data.scenes.class_info import read_names
 from fcn_dist.deploy import pytorch_fcn
 from fcn_dist.deploy.card import card_lines
 from fcn_dist.deploy.convert import DTYPES, Conversion, convert
-from fcn_dist.deploy.export import FORMS, SIZES, export
+from fcn_dist.deploy.export import SIZES, export
 from fcn_dist.deploy.modelfile import read_model_file
 from fcn_dist.deploy.pictures import short_name
 from fcn_dist.deploy.proof import Agreement
 from fcn_dist.errors import UserError, named
 from fcn_dist.files import write_text
+
+SUFFIXES = {".safetensors": "safetensors", ".onnx": "onnx", ".pt2": "torch-export"}  # of what can be written
+# What a file says of its source, as people call it.
+SHOWN = {
+    "weights": "taken",
+    "precision": "trained in",
+    "zero_stage": "ZeRO stage",
+    "world_size": "ranks",
+    "index_sha256": "index",
+    "kept_in_16_bits": "in 16 bits only",
+}
 
 
 def main(argv: list[str]) -> None:
@@ -28,16 +40,17 @@ def main(argv: list[str]) -> None:
         _show(options.run)
         return
     if options.out is None:
-        parser.error("a file to write is needed")
+        parser.error("a file to write is needed, such as model.safetensors")
+    form = _form(options)
     if options.origin:
-        _convert_weights(options)
+        _convert_weights(options, form)
         return
     if options.classes or options.at_once:
         raise UserError(
             "--classes and --at-once describe weights given with --from; a run knows its own; leave them out"
         )
-    if options.to != "safetensors":
-        _export(options)
+    if form != "safetensors":
+        _export(options, form)
         return
     conversion = convert(
         options.run,
@@ -66,13 +79,26 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weights", choices=WEIGHTS, help="which (default: averaged where there are any, see train.ema)")
     add("--dtype", choices=DTYPES, default="float32", help="of the stored weights (default: %(default)s)")
     add("--show", action="store_true", help="print what a model file, given in place of a run, says of itself")
-    add("--to", choices=("safetensors", *FORMS), default="safetensors", help="what to write (default: a model file)")
+    add(
+        "--to", choices=SUFFIXES.values(), help="what to write (default: as the file's name ends, or else a model file)"
+    )
     add("--overwrite", action="store_true", help="replace a model file that is there already")
     add("--from", dest="origin", choices=("pytorch-fcn",), help="convert a .pth state dict of that system")
     add("--classes", type=Path, metavar="FILE", help="its classes: objectInfo150.txt, or a name a line")
     add("--at-once", action="store_true", help="it is the at-once form, FCN8sAtOnce")
     add("--json", type=Path, metavar="PATH", help="also write these figures to a JSON file")
     return parser
+
+
+def _form(options: argparse.Namespace) -> str:
+    """What is to be written."""
+    by_name = SUFFIXES.get(options.out.suffix)
+    if options.to and by_name and options.to != by_name:
+        raise UserError(
+            f"{options.out} ends as a file of --to {by_name} does, and --to {options.to} is given; rename it, or leave "
+            "--to out"
+        )
+    return str(options.to or by_name or "safetensors")
 
 
 def _show(path: Path) -> None:
@@ -87,25 +113,35 @@ def _show(path: Path) -> None:
         ("weights", f"{numbers:,} in {info.dtype}, {path.stat().st_size / 1e6:,.1f} MB"),
         (
             "pixels",
-            f"{description.preprocessing.channel_order}, minus {description.preprocessing.mean}, "
-            f"over {description.preprocessing.std}",
+            f"{description.preprocessing.channel_order}, minus {_rounded(description.preprocessing.mean)}, "
+            f"over {_rounded(description.preprocessing.std)}",
         ),
         ("classes", ", ".join(short_name(name) for name in description.classes)),
         ("outputs", f"{model.num_outputs}: labels {0 if description.score_other else 1} to {len(description.classes)}"),
         *(card_lines(info.source["card"]) if "card" in info.source else []),
-        *((key, str(value)) for key, value in info.source.items() if key not in ("card", "scores")),
+        *(
+            (SHOWN.get(key, key), str(value))
+            for key, value in info.source.items()
+            if key not in ("card", "scores", "dtype") and value != []
+        ),
     ]
+    table.add_column()
+    table.add_column(overflow="fold")  # hashes whole
     for name, text in rows:
         table.add_row(name, text)
     console.print(table)
 
 
-def _export(options: argparse.Namespace) -> None:
+def _rounded(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.6g}" for value in values)
+
+
+def _export(options: argparse.Namespace, form: str) -> None:
     """A graph for another runtime."""
     if options.dtype != "float32":
-        raise UserError(f"--dtype {options.dtype} is of model files; --to {options.to} writes float32; leave it out")
+        raise UserError(f"--dtype {options.dtype} is of model files; --to {form} writes float32; leave it out")
     exported = export(
-        options.run, options.out, options.to, step=options.step, weights=options.weights, overwrite=options.overwrite
+        options.run, options.out, form, step=options.step, weights=options.weights, overwrite=options.overwrite
     )
     conversion, network = exported.conversion, exported.network
     _print_checkpoint(conversion)
@@ -127,15 +163,15 @@ def _export(options: argparse.Namespace) -> None:
         write_text(options.json, json.dumps(figures, indent=1) + "\n")
 
 
-def _convert_weights(options: argparse.Namespace) -> None:
+def _convert_weights(options: argparse.Namespace, form: str) -> None:
     """Those of pytorch-fcn."""
     if not options.classes:
         raise UserError("a state dict does not name its classes; --classes with a file of names is needed")
     for name in ("step", "weights", "json"):
         if getattr(options, name) is not None:
             raise UserError(f"--{name} is about a run; --from {options.origin} takes a file; leave it out")
-    if options.to != "safetensors":
-        raise UserError(f"--to {options.to} is about a run; --from {options.origin} writes model files; leave it out")
+    if form != "safetensors":
+        raise UserError(f"--to {form} is about a run; --from {options.origin} writes model files; leave it out")
     converted = pytorch_fcn.convert(
         options.run,
         options.out,

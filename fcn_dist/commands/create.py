@@ -10,6 +10,7 @@ from fcn_dist.console import console
 from fcn_dist.data.packing.plan import DEFAULT_SAMPLES_PER_SHARD, PackOptions, Part
 from fcn_dist.data.packing.run import DEFAULT_SPLITS, PackReport, pack_scenes
 from fcn_dist.data.scenes.pairs import DEFAULT_MAX_PIXELS, DEFAULT_QUALITY
+from fcn_dist.deploy.pictures import short_name
 from fcn_dist.errors import UserError, named
 from fcn_dist.sizes import parse_size
 
@@ -89,6 +90,9 @@ def _print_summary(report: PackReport, seconds: float) -> None:
         )
     console.print(table)
     for shard_set in report.shard_sets:
+        pixels = zip(shard_set.classes, shard_set.class_pixels[1:], strict=True)
+        if absent := [short_name(name) for name, count in pixels if not count]:
+            console.print(f"{shard_set.split}: in no image: {named(absent)} (masks number classes from 1; 0 is other)")
         for kind, conversion in shard_set.created_by["conversions"].items():
             console.print(f"{shard_set.split}: {conversion['count']} x {kind}: {named(conversion['keys'])}")
     console.print(f"{report.samples:,} samples in {seconds:.1f} s, {report.samples / seconds:,.0f} images/s")

@@ -7,7 +7,17 @@ from importlib import import_module
 
 import fcn_dist
 from fcn_dist.commands.names import COMMANDS, FRONTS
-from fcn_dist.console import run_command
+
+try:
+    from fcn_dist.console import run_command
+except ModuleNotFoundError as error:
+    missing = str(error.name).partition(".")[0]
+    print(
+        f"error: {sys.executable} has no {missing}; the environment that fcn_dist is installed in is needed; in the "
+        "checkout, bash launch/quickstart.sh makes one, and . .venv/bin/activate enters it",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 from fcn_dist.errors import UserError
 from fcn_dist.outcome import leave_outcome
 

@@ -4,6 +4,7 @@ import argparse
 import csv
 import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -47,11 +48,14 @@ def main(argv: list[str]) -> None:
     with among_ranks():
         scores = _evaluate(model, shard_set, rank, options, views)
     if rank.index == 0:
-        report(scores, name)
+        report(scores, f"{name} in {options.precision}{looks(views)}")
         if options.json:
-            write_text(options.json, json.dumps({"model": name, **scores.as_dict()}) + "\n")
+            ways = {"precision": options.precision, "views": asdict(views)}
+            write_text(options.json, json.dumps({"model": name, **ways, **scores.as_dict()}) + "\n")
+            console.print(f"scores: {options.json}")
         for path in options.confusion:
             write_confusion(path, scores)
+            console.print(f"confusion: {path}")
         if options.sheet:
             draw_sheet(model, shard_set, options.sheet, views)
             console.print(f"sheet: {options.sheet}")
@@ -90,6 +94,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw image, truth and prediction of some scenes")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser
+
+
+def looks(views: Views) -> str:
+    """How images were looked at, if not once as they are."""
+    parts = [f"scaled by {', '.join(f'{scale:g}' for scale in views.scales)}"] if views.scales != (1.0,) else []
+    parts += ["mirrored"] if views.flip else []
+    parts += [f"in windows of {views.window}"] if views.window else []
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _checked(options: argparse.Namespace) -> Views:

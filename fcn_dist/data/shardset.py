@@ -138,6 +138,8 @@ def _read_head(location: str, cache: NodeCache | None) -> bytes:
     except OSError as error:
         splits = sorted(p.parent.name for p in folder.glob(f"*/{INDEX_NAME}")) if folder.is_dir() else []
         hint = f"it has the splits {', '.join(splits)}" if splits else "make one with shards/create.py"
+        if (folder.parent / INDEX_NAME).is_file():
+            hint = f"{folder.parent} is one split of a set; name the folder above, {folder.parent.parent}"
         raise UserError(
             f"{folder} is no shard set: {path} cannot be read ({error.strerror}); a folder with an index is "
             f"needed; {hint}"

@@ -21,6 +21,7 @@ from fcn_dist.model.fcn import FCN, torch_dtype
 
 FORMAT_VERSION = 1
 METADATA_KEY = "fcn_dist"
+GRAPHS = (".onnx", ".pt2")
 # As the format names what is stored here.
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 NEEDED = "a model file written by launch/convert.py is needed"
@@ -132,6 +133,8 @@ def read_model_file(path: Path) -> tuple[FCN, ModelFileInfo]:
     except OSError as error:
         raise UserError(f"model file {path} cannot be read ({error.strerror or error}); {NEEDED}") from error
     except SafetensorError as error:
+        if Path(path).suffix in GRAPHS:
+            raise UserError(f"{path} is a graph for other runtimes, by its name; {NEEDED} (.safetensors)") from error
         raise UserError(f"{path} is no whole safetensors file ({error}); {NEEDED}; copy it again") from error
     try:
         description = ModelDescription.from_dict(content["model"])

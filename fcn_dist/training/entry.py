@@ -91,10 +91,8 @@ def enter(run_dir: Path, start: Start, record: RunRecord) -> Entry:
     other data, seed, network or global batch.
     """
     refuse_foreign_folder(run_dir)
-    if start is Start.NEW and (run_dir / RUN_NAME).exists():
-        raise UserError(
-            f"{run_dir} holds a run already; a new folder is needed; give another --output, or --resume to continue it"
-        )
+    if start is Start.NEW:
+        refuse_begun(run_dir)
     if start is Start.NEW or (start is Start.AUTO and is_fresh(run_dir)):
         discard_all(run_dir)
         write_run_record(run_dir, record)
@@ -109,6 +107,14 @@ def enter(run_dir: Path, start: Start, record: RunRecord) -> Entry:
             "needed to continue; raise --steps"
         )
     return Entry(found, damages, finished)
+
+
+def refuse_begun(run_dir: Path) -> None:
+    """Raise UserError if a run has begun in the folder."""
+    if (run_dir / RUN_NAME).exists():
+        raise UserError(
+            f"{run_dir} holds a run already; a new folder is needed; give another --output, or --resume to continue it"
+        )
 
 
 def clear(run_dir: Path, entry: Entry) -> None:

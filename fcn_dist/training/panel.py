@@ -41,7 +41,7 @@ def _training(standing: Standing) -> list[tuple[str, str]]:
     figures = standing.figures
     if not figures:
         return [("loss", "no step is logged yet")]
-    loss = f"{standing.losses[-1]:.4f}  {spark(standing.losses)}" if standing.losses else "-"
+    loss = f"{standing.losses[-1]:.4f} smoothed  {spark(standing.losses)}" if standing.losses else "-"
     rows = [("epoch", f"{figures['epoch']:.2f}"), ("loss", loss), ("rate", f"{figures['learning_rate']:.2e}")]
     if figures["gradient_norm"] is not None:
         rows.append(("gradient", f"{figures['gradient_norm']:.3g}"))

@@ -25,7 +25,7 @@ from fcn_dist.training.collective import device, on_rank_zero, start_ranks
 from fcn_dist.training.compiling import compile_network
 from fcn_dist.training.deepspeed_config import BATCH_KEYS, EngineConfig, resolve
 from fcn_dist.training.engine import Engine, build_engine
-from fcn_dist.training.entry import Entry, Start, clear, enter, hold_run_folder
+from fcn_dist.training.entry import Entry, Start, clear, enter, hold_run_folder, refuse_begun
 from fcn_dist.training.eventfiles import summary_writer
 from fcn_dist.training.fit import fit
 from fcn_dist.training.job import Job
@@ -72,6 +72,8 @@ class Ready:
 
 def make_ready(config: RunConfig) -> Ready:
     """Check all that can be wrong, build the engine, enter the run folder, and restore the state if there is one."""
+    if config.start is Start.NEW:
+        refuse_begun(config.output)  # before anything of the run that is wanted instead
     recipe, rank = config.recipe, Rank.from_environment()
     shard_set, validation = open_splits(config)
     continued = config.start is not Start.NEW and (config.output / RUN_NAME).exists()
@@ -116,7 +118,12 @@ def open_splits(config: RunConfig) -> tuple[ShardSet, ShardSet | None]:
     shard_set = ShardSet.open(config.shards, TRAINING_SPLIT, cache)
     if not evaluation.every and not evaluation.at_end:
         return shard_set, None
-    validation = ShardSet.open(config.shards, evaluation.split, cache)
+    try:
+        validation = ShardSet.open(config.shards, evaluation.split, cache)
+    except UserError as error:
+        raise UserError(
+            f"{error}; or train without an evaluation: --set evaluate.at_end=false --set evaluate.every=null"
+        ) from error
     if validation.classes != shard_set.classes:
         raise UserError(f"{validation.location} has other classes than {shard_set.location}; pack both splits together")
     return shard_set, validation
@@ -174,6 +181,8 @@ def headline(record: RunRecord, description: ModelDescription, filled: list[str]
     """What is about to be trained, in a few lines."""
     model = description.config
     weights = f"{len(filled)} layers from {Path(str(model.weights)).name}" if filled else "random weights"
+    if model.frozen_stages and not filled:
+        weights += f", {model.frozen_stages} stages frozen as they were drawn (set model.weights, or no frozen_stages)"
     cut = cut_of(record)
     sizes = (
         f"{cut.micro_batch}" if cut.nominal_batch == cut.global_batch else f"{cut.micro_batch - 1} or {cut.micro_batch}"

@@ -86,7 +86,7 @@ def _files_by_key(folder: Path, suffixes: tuple[str, ...]) -> tuple[dict[str, So
             continue
         facts = _facts(path) if path.suffix.lower() in suffixes else None
         if facts is None:
-            needed = f"only {' and '.join(suffixes)} files may stand there; move it elsewhere"
+            needed = f"only {' and '.join(suffixes)} files may stand there; save it as one, or move it elsewhere"
             problems.append(Problem(path, "foreign file or folder", needed))
             continue
         try:
