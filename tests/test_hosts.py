@@ -85,9 +85,16 @@ def finished(hosts: Cluster, process: "subprocess.Popen[str]", code: int = 0) ->
     found = process.wait(LIMIT)
     assert found == code, output(hosts)[-8000:]
     deadline = time.monotonic() + END_LIMIT
-    while left := [(host.name, p.cmdline()) for host in hosts.hosts for p in host.processes()]:
+    while left := [(host.name, command_of(p)) for host in hosts.hosts for p in host.processes()]:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    """Empty for one that has ended since it was listed."""
+    with suppress(psutil.NoSuchProcess):
+        return list(process.cmdline())
+    return []
 
 
 def losses(run: Path) -> list[float]:
@@ -154,7 +161,7 @@ def test_what_a_shell_would_act_on_reaches_the_ranks_of_two_hosts_as_it_is(
                     if rank.environ().get("FCN_DIST_RANK_PID"):
                         seen.append((rank.cwd(), rank.environ()["FREE_TEXT"]))
         for supervisor in hosts.hosts[0].processes():
-            if "--hostfile" in supervisor.cmdline():
+            if "--hostfile" in command_of(supervisor):
                 supervisor.send_signal(signal.SIGTERM)
         finished(hosts, process, EXIT_REQUEUE)
     assert set(seen) == {(str(folder), hostile)} and len(seen) >= 2
@@ -203,7 +210,7 @@ def test_nothing_is_left_on_any_host_when_the_command_is_killed(hosts: Cluster, 
     with job(hosts, [*start, *arguments(shards, run, steps=100_000)], hosts.folder) as process:
         until_step(hosts, process, run, 2)
         for supervisor in hosts.hosts[0].processes():
-            if "--hostfile" in supervisor.cmdline():
+            if "--hostfile" in command_of(supervisor):
                 supervisor.kill()
         finished(hosts, process, -signal.SIGKILL)  # nsenter ends as what it runs does
     assert open_checkpoint(run)[0].state.step == len(losses(run))
