@@ -26,7 +26,7 @@ from measure import Contender, Measured
 from tables import Table, Target, targets_table, write_report
 
 from fcn_dist.config import ModelConfig
-from fcn_dist.model.devices import multiplies_bfloat16
+from fcn_dist.model.devices import multiplies
 from fcn_dist.sizes import show_size
 from fcn_dist.training.deepspeed_config import DEFAULT
 from fcn_dist.training.footprint import without_content
@@ -94,7 +94,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--precision",
         choices=("bfloat16", "float32"),
-        default="bfloat16" if multiplies_bfloat16(torch.device("cuda" if gpus else "cpu")) else "float32",
+        default="bfloat16" if multiplies(torch.device("cuda" if gpus else "cpu"), torch.bfloat16) else "float32",
         help="default here: %(default)s",
     )
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: %(default)s")

@@ -20,7 +20,7 @@ from measure import Contender, Measured, run_rounds
 from tables import DOES, Table, Target, median_rate, one_line, ratio, targets_table, write_report
 
 from fcn_dist.errors import UserError
-from fcn_dist.model.devices import multiplies_bfloat16
+from fcn_dist.model.devices import multiplies
 
 WAYS = {"ours": "tile by tile, argmax of scores", "plain": "upsample, softmax, argmax at full size"}
 KINDS: dict[str, dict[str, Any]] = {
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     contenders = rows(args)
     with tempfile.TemporaryDirectory() as scratch:
         measured = run_rounds(list(contenders.values()), args.rounds, Path(scratch), args.time_limit)
-    fast = multiplies_bfloat16(torch.device(args.device))
+    fast = multiplies(torch.device(args.device), torch.bfloat16)
     by_row = dict(zip(contenders, measured, strict=True))
     facts = {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",

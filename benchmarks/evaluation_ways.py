@@ -20,7 +20,7 @@ from training_steps import resident
 
 from fcn_dist.config import ModelConfig
 from fcn_dist.labels import LabelRule
-from fcn_dist.model.devices import keep_freed_memory, multiplies_bfloat16
+from fcn_dist.model.devices import keep_freed_memory, multiplies
 from fcn_dist.model.fcn import FCN
 from fcn_dist.model.inference import for_inference
 from fcn_dist.model.upsampling import argmax_upsampled
@@ -79,7 +79,7 @@ def label(
         assert score is not None
         torch.nn.init.kaiming_normal_(score.weight)  # or all scores would be the same
     # Prediction takes the precision that suits the device, evaluation float32 unless it is asked.
-    fast = way == "ours" and not scored and multiplies_bfloat16(place)
+    fast = way == "ours" and not scored and multiplies(place, torch.bfloat16)
     model.to(place, torch.bfloat16 if fast else torch.float32)
     if way == "ours":
         keep_freed_memory()

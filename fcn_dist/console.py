@@ -54,9 +54,9 @@ def run_command(command: Callable[[], None]) -> int:
         # The reader of our output, such as `head`, has what it wanted.
         sys.stderr.close()
     except OSError as error:
-        if error.errno not in REMEDIES:
-            raise
-        _tell(f"{error.filename or 'a file'}: {error.strerror}; {REMEDIES[error.errno]}")
+        if error.errno not in REMEDIES or not error.filename:
+            raise  # it is of no file, as far as is known
+        _tell(f"{error.filename}: {error.strerror}; {REMEDIES[error.errno]}")
         return EXIT_USER_ERROR
     return 0
 

@@ -39,6 +39,11 @@ class LostPeer(Exception):
     code = EXIT_LOST_PEER
 
 
+def counted(number: int, thing: str) -> str:
+    """Such as "1 rank", or "2 ranks"."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def named(items: list[str], limit: int = 5) -> str:
     """The first `limit` items joined by commas, with a count of those not shown."""
     shown = ", ".join(items[:limit])

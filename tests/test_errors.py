@@ -236,3 +236,13 @@ def test_a_name_that_ends_as_another_form_does(refused: Refused, scenes: Path, t
     graph.write_bytes(b"\x08\x0a" * 50)
     message = refused("predict", graph, scenes / "images", "--output", tmp_path / "out")
     assert f"{graph} is a graph for other runtimes" in message
+
+
+def test_packing_names_the_classes_that_are_in_no_image(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the last one is where masks are numbered from 0."""
+    info = scenes / "objectInfo150.txt"
+    info.write_text(info.read_text().rstrip("\n") + "\n6\t0\t0\t0\tunicorn, mythical animal\n")
+    assert run_script("create", [str(scenes), str(tmp_path / "out")]) == 0
+    assert "training: in no image: unicorn (masks number classes from 1; 0 is other)" in capsys.readouterr().out

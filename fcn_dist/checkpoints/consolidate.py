@@ -73,7 +73,7 @@ def consolidate(folder: Path, model: FCN, weights: Weights | None = None, use: U
     Raises UserError unless every parameter and buffer is there, whole, in its shape, and nothing else is, of heads
     likewise if there are any; ValueError if the bytes of one are not those that were written.
 
-    Meanwhile `use` may do something with it; if an error is raised, what it made is of no use.
+    While the bytes are compared, `use` is called with what was found; what comes of it is void if an error is raised.
     """
     if is_universal(folder):
         files, found = read_universal(folder)

@@ -14,16 +14,16 @@ from fcn_dist.deploy import pytorch_fcn
 from fcn_dist.deploy.card import card_lines
 from fcn_dist.deploy.convert import DTYPES, Conversion, convert
 from fcn_dist.deploy.export import SIZES, export
-from fcn_dist.deploy.modelfile import read_model_file
+from fcn_dist.deploy.modelfile import GRAPHS, read_model_file
 from fcn_dist.deploy.pictures import short_name
 from fcn_dist.deploy.proof import Agreement
-from fcn_dist.errors import UserError, named
+from fcn_dist.errors import UserError, counted, named
 from fcn_dist.files import write_text
 
-SUFFIXES = {".safetensors": "safetensors", ".onnx": "onnx", ".pt2": "torch-export"}  # of what can be written
+SUFFIXES = {".safetensors": "safetensors", **GRAPHS}  # of what can be written
 # What a file says of its source, as people call it.
 SHOWN = {
-    "weights": "taken",
+    "weights": "which",
     "precision": "trained in",
     "zero_stage": "ZeRO stage",
     "world_size": "ranks",
@@ -208,7 +208,7 @@ def _print_checkpoint(conversion: Conversion) -> None:
         console.print(f"passed over {damage.dir}: {damage.reason}")
     console.print(
         f"checkpoint  {conversion.checkpoint.dir} (step {state.step}, ZeRO stage {state.zero_stage}, "
-        f"{state.world_size} ranks, {state.precision}), its {conversion.weights} weights"
+        f"{counted(state.world_size, 'rank')}, {state.precision}), its {conversion.weights} weights"
     )
     if conversion.rounded:
         console.print(

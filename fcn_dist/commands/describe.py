@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from fcn_dist.data.describe import Description, Spread, describe
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.transforms import decode
 from fcn_dist.data.verifying.verify import find_splits
+from fcn_dist.deploy.colours import Colour
 from fcn_dist.deploy.lettering import BACKGROUND, draw_caption
-from fcn_dist.deploy.pictures import Picture, overlay, write_png
+from fcn_dist.deploy.pictures import Labels, Picture, overlay, with_legend, write_png
 from fcn_dist.errors import UserError, named
 from fcn_dist.files import write_text
 
@@ -97,35 +99,35 @@ def _class_table(description: Description, top: int) -> Table:
 
 
 def _write_sheet(path: Path, shard_sets: list[ShardSet], samples: int) -> None:
-    """Draw `samples` of each split, spread evenly over it: image and labels side by side."""
-    cells = []
+    """Draw `samples` of each split, spread evenly over it: image and labels side by side, with one legend."""
+    cells, maps = [], []
     for shard_set in shard_sets:
         count = min(samples, len(shard_set))
         indices = np.linspace(0, len(shard_set) - 1, count).round().astype(int)
-        cells += [_cell(shard_set, int(index)) for index in indices]
+        for index in indices:
+            sample = shard_set.read(int(index))
+            image, labels = decode(sample)
+            cells.append(_cell(f"{shard_set.split}: {sample.key}", image, labels, shard_set.colours))
+            maps.append(labels)
     missing = -len(cells) % SHEET_COLUMNS
     cells += [_paper(*cells[0].shape[:2])] * missing
     rows = [np.hstack(cells[start : start + SHEET_COLUMNS]) for start in range(0, len(cells), SHEET_COLUMNS)]
     body = np.vstack(rows)
-    sheet = _paper(body.shape[0] + GAP, body.shape[1] + GAP)
-    sheet[GAP:, GAP:] = body
     try:
-        write_png(path, sheet)
+        write_png(path, with_legend(body, maps, shard_sets[0].classes, shard_sets[0].colours))
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); choose another path for --sheet") from error
 
 
-def _cell(shard_set: ShardSet, index: int) -> Picture:
-    """One sample: image and labels within two equal boxes, and its key below."""
-    sample = shard_set.read(index)
-    image, labels = decode(sample)
+def _cell(title: str, image: Picture, labels: Labels, colours: Sequence[Colour]) -> Picture:
+    """One sample: image and labels within two equal boxes, and its title below."""
     height, width = labels.shape
     scale = min(BOX_WIDTH / width, BOX_HEIGHT / height)
     size = max(1, round(width * scale)), max(1, round(height * scale))
     image = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
     labels = np.asarray(cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST_EXACT), np.uint8)
-    pair = np.hstack([image, overlay(image, labels, shard_set.colours)])
-    caption = draw_caption(f"{shard_set.split}: {sample.key}", 2 * BOX_WIDTH, CAPTION_SIZE)
+    pair = np.hstack([image, overlay(image, labels, colours)])
+    caption = draw_caption(title, 2 * BOX_WIDTH, CAPTION_SIZE)
     caption_top = BOX_HEIGHT + GAP // 3
     cell = _paper(caption_top + caption.shape[0] + GAP, 2 * BOX_WIDTH + GAP)
     # Pictures of a row stand on one line, above their captions.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fcn_dist.console import console
 from fcn_dist.data.packing.merge import merge
-from fcn_dist.errors import named
+from fcn_dist.errors import counted, named
 
 
 def main(argv: list[str]) -> None:
@@ -14,7 +14,8 @@ def main(argv: list[str]) -> None:
     for shard_set in merge(given.out, *given.sources, workers=given.workers):
         size = sum(shard.size for shard in shard_set.shards)
         console.print(
-            f"{shard_set.split}: {len(shard_set):,} samples in {len(shard_set.shards):,} shards, {size / 1e6:,.1f} MB"
+            f"{shard_set.split}: {counted(len(shard_set), 'sample')} in {counted(len(shard_set.shards), 'shard')}, "
+            f"{size / 1e6:,.1f} MB"
         )
         for kind, conversion in shard_set.created_by["conversions"].items():
             console.print(f"{shard_set.split}: {conversion['count']} x {kind}: {named(conversion['keys'])}")

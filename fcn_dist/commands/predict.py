@@ -20,7 +20,7 @@ from fcn_dist.deploy.colours import distinct
 from fcn_dist.deploy.imagefiles import RECORD_NAME, Job, plan, read_rgb
 from fcn_dist.deploy.pictures import picture_with_legend, short_name, write_png
 from fcn_dist.deploy.predict import AUTO, PRECISIONS, Predictor, classes_found
-from fcn_dist.errors import UserError, named
+from fcn_dist.errors import UserError, counted, named
 from fcn_dist.files import naming, replacing, write_text
 from fcn_dist.model.devices import keep_freed_memory
 from fcn_dist.progress import count_progress
@@ -194,6 +194,5 @@ def _print_summary(outcome: Outcome, predictor: Predictor, output_dir: Path) -> 
         console.print(table)
     if order[SHOWN_CLASSES:]:
         console.print(f"and {named([short_name(name) for name in order[SHOWN_CLASSES:]])}")
-    console.print(
-        f"{len(outcome.figures)} images labelled on {predictor.device} in {predictor.precision}, in {output_dir}"
-    )
+    images_done = counted(len(outcome.figures), "image")
+    console.print(f"{images_done} labelled on {predictor.device} in {predictor.precision}, in {output_dir}")

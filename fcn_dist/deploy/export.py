@@ -24,14 +24,14 @@ from torch.export import Dim
 
 from fcn_dist.checkpoints.consolidate import Weights
 from fcn_dist.deploy.convert import Conversion, convert
-from fcn_dist.deploy.modelfile import METADATA_KEY, ModelFileInfo, check_new, metadata_text, read_model_file
+from fcn_dist.deploy.modelfile import GRAPHS, METADATA_KEY, ModelFileInfo, check_new, metadata_text, read_model_file
 from fcn_dist.deploy.proof import Agreement, read_probe
 from fcn_dist.errors import UserError
 from fcn_dist.files import replacing
 from fcn_dist.model.fcn import FCN
 from fcn_dist.model.upsampling import upsample
 
-FORMS = ("onnx", "torch-export")
+FORMS = tuple(GRAPHS.values())
 NEEDS = ("onnx", "onnxscript", "onnxruntime")
 SMALLEST = 33  # torch.export takes a map of one cell for one that is the same at every place
 # No side a multiple of 8, and odd numbers of cells: an example of the general case, as tracing wants it.

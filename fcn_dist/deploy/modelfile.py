@@ -21,7 +21,7 @@ from fcn_dist.model.fcn import FCN, torch_dtype
 
 FORMAT_VERSION = 1
 METADATA_KEY = "fcn_dist"
-GRAPHS = (".onnx", ".pt2")
+GRAPHS = {".onnx": "onnx", ".pt2": "torch-export"}  # what else convert.py writes of a run, by how its name ends
 # As the format names what is stored here.
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 NEEDED = "a model file written by launch/convert.py is needed"

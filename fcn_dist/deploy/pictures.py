@@ -108,6 +108,11 @@ def sheet(rows: Sequence[Row], classes: Sequence[str], colours: Sequence[Colour]
     return _with_legend(body, _entries(groups, classes, colours), 18, titles[1:] if predictions else ())
 
 
+def with_legend(body: Picture, maps: Sequence[Labels], classes: Sequence[str], colours: Sequence[Colour]) -> Picture:
+    """A picture that shows these label maps, with the legend of them; its per cents are of all their pixels."""
+    return _with_legend(body, _entries([maps], classes, colours), 18)
+
+
 def accuracy(truth: Labels, prediction: Labels) -> float | None:
     """The share of the pixels labelled in the truth that the prediction has right; None if none is labelled."""
     labelled = truth > 0

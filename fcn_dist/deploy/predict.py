@@ -15,7 +15,7 @@ from torch import Tensor
 from fcn_dist.deploy.modelfile import ModelFileInfo, read_model_file
 from fcn_dist.deploy.modelurl import local_copy
 from fcn_dist.errors import UserError
-from fcn_dist.model.devices import multiplies_bfloat16
+from fcn_dist.model.devices import multiplies
 from fcn_dist.model.fcn import FCN, torch_dtype
 from fcn_dist.model.inference import for_inference
 from fcn_dist.model.upsampling import argmax_upsampled, upsample
@@ -59,7 +59,7 @@ class Predictor:
             raise UserError(f"precision is {precision!r}; one of {', '.join(PRECISIONS)} is needed")
         found = _device(device)
         if precision == AUTO:
-            precision = "bfloat16" if multiplies_bfloat16(found) else "float32"
+            precision = "bfloat16" if multiplies(found, torch.bfloat16) else "float32"
         model, info = read_model_file(local_copy(path, sha256))
         return cls(model, info, found, precision, views)
 

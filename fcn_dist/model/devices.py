@@ -19,6 +19,8 @@ PEAKS = {
     "Tesla V100-SXM": 125e12,
 }
 OTHERS = ("NVL", "MIG")  # of the same names, but with less
+# What torch calls a CPU's instructions for products of a type.
+CPU_CAPABILITIES = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16", "avx512_fp16")}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -39,22 +41,14 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether `device` has instructions for products of bfloat16; elsewhere they take longer than those of float32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("amx_bf16") or able.get("avx512_bf16"))
-
-
 def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `device` has instructions for products of `dtype`, rather than emulate them."""
-    if dtype == torch.bfloat16:
-        return multiplies_bfloat16(device)
-    if dtype == torch.float16 and device.type == "cpu":
-        able = torch.cpu.get_capabilities()
-        return bool(able.get("amx_fp16") or able.get("avx512_fp16"))
-    return True
+    """Whether `device` has instructions for products of `dtype`; elsewhere they take longer than those of float32."""
+    if dtype not in CPU_CAPABILITIES:
+        return True
+    if device.type == "cuda":
+        return dtype == torch.float16 or torch.cuda.get_device_capability(device) >= (8, 0)
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name, False) for name in CPU_CAPABILITIES[dtype])
 
 
 def peak_memory(device: torch.device) -> int:

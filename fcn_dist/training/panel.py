@@ -7,6 +7,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from fcn_dist.errors import counted
 from fcn_dist.sizes import show_size
 from fcn_dist.training.standing import Standing
 
@@ -103,11 +104,9 @@ def age(seconds: float) -> str:
 def summary(standing: Standing) -> Table:
     """What came of this start of the run."""
     table = Table(show_header=False, title="summary", title_justify="left")
-    trained = standing.step - standing.first_step
-    table.add_row(
-        "trained",
-        f"{trained} steps in {age(time.time() - standing.began)}, to step {standing.step} of {standing.steps}",
-    )
+    trained = counted(standing.step - standing.first_step, "step")
+    took = age(time.time() - standing.began)
+    table.add_row("trained", f"{trained} in {took}, to step {standing.step} of {standing.steps}")
     for name, value in [*_training(standing), *_machine(standing), *_news(standing)]:
         table.add_row(name, Text(value))
     return table

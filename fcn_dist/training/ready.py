@@ -12,7 +12,7 @@ from fcn_dist.data.remote.urls import is_url
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.stream import SampleStream
 from fcn_dist.data.upcoming import check_cache_limit
-from fcn_dist.errors import UserError
+from fcn_dist.errors import UserError, counted
 from fcn_dist.keys import Purpose, key64
 from fcn_dist.model.auxiliary import add_auxiliary_heads
 from fcn_dist.model.description import ModelDescription
@@ -187,10 +187,9 @@ def headline(record: RunRecord, description: ModelDescription, filled: list[str]
     sizes = (
         f"{cut.micro_batch}" if cut.nominal_batch == cut.global_batch else f"{cut.micro_batch - 1} or {cut.micro_batch}"
     )
-    ranks = "1 rank" if cut.world_size == 1 else f"{cut.world_size} ranks"
     lines = [
         f"{model.variant} on {model.backbone} (width {model.width:g}), {len(description.classes)} classes, {weights}",
-        f"{ranks} x micro-batch {sizes} x accumulation {cut.accumulation} = global batch "
+        f"{counted(cut.world_size, 'rank')} x micro-batch {sizes} x accumulation {cut.accumulation} = global batch "
         f"{cut.global_batch}; {record.steps} steps",
     ]
     lines += [f"passed over {damage.dir}: {damage.reason}" for damage in entry.damages]

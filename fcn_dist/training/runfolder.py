@@ -16,7 +16,7 @@ from typing import Any
 
 import fcn_dist
 from fcn_dist.errors import UserError
-from fcn_dist.files import write_text
+from fcn_dist.files import naming, write_text
 
 RUN_NAME = "run.json"
 METRICS_NAME = "metrics.jsonl"
@@ -108,7 +108,7 @@ class Journal:
         """Append one line. NaN and infinities, which JSON does not have, are written as null."""
         record = {"event": event, "step": step, "time": round(time.time(), 3), **_finite(figures)}
         line = json.dumps(record, allow_nan=False)
-        with self.path.open("a") as file:
+        with naming(self.path), self.path.open("a") as file:
             file.write(line + "\n")
         self._tell(record)
 

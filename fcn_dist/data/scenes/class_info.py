@@ -41,7 +41,9 @@ def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); a UTF-8 text file is needed; restore it") from error
+        raise UserError(
+            f"{path} cannot be read ({error}); a UTF-8 text file is needed; write one, or restore it"
+        ) from error
 
 
 def _indexed(path: Path, lines: list[str]) -> tuple[str, ...]:
