@@ -122,7 +122,7 @@ def open_splits(config: RunConfig) -> tuple[ShardSet, ShardSet | None]:
         validation = ShardSet.open(config.shards, evaluation.split, cache)
     except UserError as error:
         raise UserError(
-            f"{error}; or train without an evaluation: --set evaluate.at_end=false --set evaluate.every=null"
+            f"{error}; or train without an evaluation: --set evaluate.at_end=false --set evaluate.every=0"
         ) from error
     if validation.classes != shard_set.classes:
         raise UserError(f"{validation.location} has other classes than {shard_set.location}; pack both splits together")
