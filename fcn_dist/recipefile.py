@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from fcn_dist.config import Recipe
 from fcn_dist.errors import UserError
@@ -40,7 +40,7 @@ def recipe_from_dict(tree: dict[str, Any], where: str, overrides: Sequence[str] 
     """Build and check a recipe; `where` names its origin in errors, the rest as `load_recipe`."""
     from jsonargparse import ArgumentParser
 
-    _refuse_unknown(tree, Recipe, "", where)
+    _check_keys(tree, Recipe, "", where)
     tree = copy.deepcopy(tree)
     for override in overrides:
         _override(tree, override)
@@ -71,7 +71,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         _set(tree, key.strip().split("."), yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: the value is not YAML: {error}") from error
-    _refuse_unknown(tree, Recipe, "", f"--set {override}")
+    _check_keys(tree, Recipe, "", f"--set {override}")
 
 
 def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
@@ -83,8 +83,11 @@ def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
     tree[name] = value
 
 
-def _refuse_unknown(tree: Any, section: Any, prefix: str, where: str) -> None:
-    """Raise UserError for the first key of `tree` that dataclass `section` does not have."""
+def _check_keys(tree: Any, section: Any, prefix: str, where: str) -> None:
+    """Raise UserError for the first key of `tree` that dataclass `section` does not have, or has, but not as null.
+
+    jsonargparse takes null for a value of any type.
+    """
     if not isinstance(tree, dict):
         raise UserError(f"{where}: {prefix.rstrip('.') or 'the recipe'} is {tree!r}; a section of keys is needed")
     known = {f.name: f.type for f in fields(section)}
@@ -94,4 +97,6 @@ def _refuse_unknown(tree: Any, section: Any, prefix: str, where: str) -> None:
             hint = f"did you mean {prefix}{close[0]}?" if close else f"known are {', '.join(known)}"
             raise UserError(f"{where}: unknown recipe key {prefix}{key}; {hint}")
         if is_dataclass(known[key]):
-            _refuse_unknown(value, known[key], f"{prefix}{key}.", where)
+            _check_keys(value, known[key], f"{prefix}{key}.", where)
+        elif value is None and type(None) not in get_args(known[key]):
+            raise UserError(f"{where}: {prefix}{key} is null; a value is needed; leave it out for its default")

@@ -1,7 +1,9 @@
 """Recipes: what is accepted, what is refused and by which name."""
 
 import dataclasses
+import re
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import yaml
@@ -142,6 +144,22 @@ def test_a_value_of_the_wrong_kind_or_size_is_refused_naming_its_key(key: str, v
         load_recipe(None, [f"{key}={value}"])
     assert key in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_null_is_refused_by_name_wherever_a_recipe_of_defaults_cannot_hold_it() -> None:
+    """With hints of types as the oracle; among them are some that hold null though they are not null by default."""
+    refused = set()
+    for name, section in get_type_hints(Recipe).items():
+        for key, kind in get_type_hints(section).items():
+            try:
+                load_recipe(None, [f"{name}.{key}=null"])
+            except UserError as error:
+                assert f"{name}.{key} is null; a value is needed" in str(error)
+                refused.add(f"{name}.{key}")
+                assert not re.search("None|Optional", str(kind))
+            else:
+                assert re.search("None|Optional", str(kind))
+    assert {"train.seed", "log.every", "data.crop"} <= refused and "model.weights" not in refused
 
 
 def test_a_missing_recipe_file_is_named(tmp_path: Path) -> None:
