@@ -73,3 +73,14 @@ def test_a_package_of_an_extra_that_is_missing_is_for_the_user_to_install(
     assert run_script("train", []) == code
     extra = "train" if package.startswith("deepspeed") else "onnx"
     assert f"pip install 'fcn-dist[{extra}]'" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["m.safetensors"], 2)])
+def test_help_of_serve_needs_no_extra_and_serving_names_it(arguments: list[str], code: int) -> None:
+    script = f"import runpy, sys; sys.modules['fastapi'] = None; sys.argv[1:] = {arguments}; "
+    script += "runpy.run_path('launch/serve.py', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert ("--max-pixels" in done.stdout) == (code == 0) and ("fcn-dist[serve]" in done.stderr) == (code == 2)

@@ -5,14 +5,15 @@ from pathlib import Path
 
 from fcn_dist.commands.views import add_views, views_of
 from fcn_dist.deploy.predict import AUTO, PRECISIONS, Predictor
-from fcn_dist.serving.limits import Limits
 from fcn_dist.sizes import parse_size
 
 
 def main(argv: list[str]) -> None:
     """Listen first, so that a taken port is told before the model is read; then serve until a signal."""
     options = build_parser().parse_args(argv)
-    from fcn_dist.serving.server import listen, serve  # needs the extra, which --help does not
+    # These need the extra, which --help does not.
+    from fcn_dist.serving.limits import Limits
+    from fcn_dist.serving.server import listen, serve
 
     limits = Limits(parse_size(options.max_bytes), options.max_pixels, options.requests)
     with listen(options.host, options.port) as listener:
