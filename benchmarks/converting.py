@@ -105,25 +105,18 @@ def seconds(one: Measured) -> float | None:
 def targets(case: str, measured: Sequence[Measured]) -> list[Target]:
     """What ours is to keep to, for one checkpoint."""
     default, flushed, safe, unproven, ours, their_command, our_command = measured
-    return [
-        Target(
-            f"{case}: seconds, the command over DeepSpeed's",
-            1.0,
-            ratio(seconds(our_command), seconds(their_command)),
-            True,
-        ),
-        Target(f"{case}: seconds, all, over DeepSpeed flushed", 1.0, ratio(seconds(ours), seconds(flushed)), True),
-        Target(
-            f"{case}: seconds, unproven, over DeepSpeed to safetensors",
-            1.0,
-            ratio(seconds(unproven), seconds(safe)),
-            True,
-        ),
-        Target(f"{case}: seconds, all, over DeepSpeed not flushed", 1.0, ratio(seconds(ours), seconds(default)), True),
-        Target(
-            f"{case}: memory of its own, all", MOST_MEMORY, None if ours.problem else share(ours, "anonymous"), True
-        ),
+    compared = {
+        "the command over DeepSpeed's": (our_command, their_command),
+        "all, over DeepSpeed flushed": (ours, flushed),
+        "unproven, over DeepSpeed to safetensors": (unproven, safe),
+        "all, over DeepSpeed not flushed": (ours, default),
+    }
+    times = [
+        Target(f"{case}: seconds, {what}", 1.0, ratio(seconds(one), seconds(other)), True)
+        for what, (one, other) in compared.items()
     ]
+    memory = None if ours.problem else share(ours, "anonymous")
+    return [*times, Target(f"{case}: memory of its own, all", MOST_MEMORY, memory, True)]
 
 
 def main(argv: list[str]) -> None:
