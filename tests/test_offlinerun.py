@@ -193,6 +193,7 @@ def test_a_training_that_is_asked_to_stop_saves_and_leaves_no_process(
         assert job.process.returncode == EXIT_REQUEUE and "Weights & Biases" not in job.output()
         assert found.steps == trained and found.finished
     else:  # it signals every process, and wandb's hears before the rank has told its last step
+        assert job.process.returncode == 1, "its own code"
         assert job.output().count("Weights & Biases is left out from about step") == 1, job.output()
         assert found.steps == trained[: len(found.steps)] and not found.finished
 
