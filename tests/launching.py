@@ -7,14 +7,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 from warm_ranks import WarmRanks
 
 WARM = WarmRanks()
+LOG_SHOWN = 30_000  # characters at its end
 
 
 def launch_ranks(
@@ -58,7 +59,7 @@ def kill_ranks(
     while not when(text := log.read_text() if log.exists() else ""):
         if WARM.ended(0.05) is not None or time.monotonic() > deadline:
             WARM.kill()
-            pytest.fail(f"{script} {' '.join(arguments)}: what is awaited never came\n{text[-30000:]}")
+            pytest.fail(f"{script} {' '.join(arguments)}: what is awaited never came\n{text[-LOG_SHOWN:]}")
     WARM.kill()
     return text
 
@@ -73,7 +74,7 @@ def free_port() -> str:
 def _run_command(command: Sequence[str], script: Path, folder: Path, timeout: float, wanted: int) -> str:
     """The launcher leaves its ranks behind when it is killed, so the whole process group is ended with it."""
     log = _fresh_log(script, folder)
-    with log.open("a") as output:
+    with log.open("a") as output, _told_if_cut_off(log):
         process = subprocess.Popen(
             command,
             cwd=folder,
@@ -99,11 +100,25 @@ def _run_warm(
 ) -> str:
     log = _fresh_log(script, folder)
     group = WARM.start(script, arguments, world_size, free_port(), folder, log, _environment())
-    found = WARM.ended(timeout)
-    if found is None:
-        _abort_with_stacks(group)
-        WARM.kill()
+    found = None
+    with _told_if_cut_off(log):
+        try:
+            found = WARM.ended(timeout)
+        finally:
+            if found is None:
+                _abort_with_stacks(group)
+                WARM.kill()
     return _judge(f"{script} {' '.join(arguments)}", found, code, timeout, log)
+
+
+@contextmanager
+def _told_if_cut_off(log: Path) -> Iterator[None]:
+    """Print what the ranks wrote, and their stacks, where the test's own time limit ends the wait for them."""
+    try:
+        yield
+    except BaseException:
+        print(log.read_text()[-LOG_SHOWN:])
+        raise
 
 
 def _fresh_log(script: Path, folder: Path) -> Path:
@@ -120,7 +135,7 @@ def _judge(command: str, code: int | None, wanted: int, timeout: float, log: Pat
     text = log.read_text()
     if code != wanted:
         reason = f"no end within {timeout} s" if code is None else f"exit code {code}, not {wanted}"
-        pytest.fail(f"{command}: {reason}\n{text[-30000:]}")
+        pytest.fail(f"{command}: {reason}\n{text[-LOG_SHOWN:]}")
     return text
 
 
