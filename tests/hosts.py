@@ -36,9 +36,10 @@ class Host:
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):
-                if Path(f"/proc/{process.pid}/ns/pid").readlink() == own and process.name() != "sshd":
+                here = Path(f"/proc/{process.pid}/ns/pid").readlink() == own
+                if here and process.name() != "sshd" and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
-        return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
+        return found
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ def test_what_a_benchmark_has_started_ends_with_it(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     environment = {
         **os.environ,
+        "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent), str(tmp_path)]),
     }
     benchmark = subprocess.Popen([sys.executable, "-c", BENCHMARK, str(pipe), str(tmp_path)], env=environment)

@@ -52,7 +52,7 @@ def test_the_file_predicts_as_the_network_did(tmp_path: Path) -> None:
     convert(tmp_path / "run", tmp_path / "model.safetensors")
     with torch.inference_mode():
         wanted = model(IMAGE)[0].numpy()
-    found = Predictor.from_file(tmp_path / "model.safetensors", "cpu").scores(IMAGE[0].numpy())
+    found = Predictor.from_file(tmp_path / "model.safetensors", "cpu", "float32").scores(IMAGE[0].numpy())
     assert abs(found - wanted).max() <= 1e-6 * abs(wanted).max()
 
 

@@ -246,7 +246,8 @@ def images(tmp_path: Path) -> Path:
 
 
 def run(model: Path, *arguments: str | Path) -> None:
-    command.main([str(model), *map(str, arguments), "--device", "cpu"])
+    """As the fixture predicts, on whatever processor."""
+    command.main([str(model), *map(str, arguments), "--device", "cpu", "--precision", "float32"])
 
 
 def written(folder: Path) -> list[str]:

@@ -202,7 +202,8 @@ def test_a_limit_on_file_size_on_one_rank_alone_is_met_by_all_together(shards: P
     more = ["--set", "checkpoint.every=2", "--set", "checkpoint.max_failures=1"]
     output = train(shards, run, *more, config="zero2_fp32", script=script, code=2)
     assert output.count(FAILURE) == 2 and "rank 1: [Errno 27] File too large" in output
-    assert [line["step"] for line in journal(run, "train")] == [1, 2, 3, 4, 5]
+    # What came of step 4's is agreed on after a step that finds it over, at the latest when step 6 is to be saved.
+    assert [line["step"] for line in journal(run, "train")] in ([1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6])
     with pytest.raises(UserError, match="no checkpoint yet"):
         open_checkpoint(run)
     # It is provably fresh, so the same command may begin anew.
