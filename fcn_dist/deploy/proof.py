@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fcn_dist.checkpoints.consolidate import Weights
 from fcn_dist.checkpoints.store import PROBE_NAME, PROBE_SCORES, Checkpoint
 from fcn_dist.deploy.modelfile import read_model_file
 from fcn_dist.errors import UserError
-from fcn_dist.model.columns import convolve
+from fcn_dist.model.columns import convolve_in_parts, takes_columns
 from fcn_dist.model.devices import multiplies
 from fcn_dist.model.fcn import torch_dtype
 
@@ -71,7 +72,8 @@ def _scores(path: Path, image: Tensor, precision: str, computed_in: str) -> Tens
     device, rounded = image.device, torch_dtype(precision)
     model, _ = read_model_file(path)
     if device.type == "cpu" and rounded != torch.float32:
-        model.fc6 = _InParts(model.fc6, rounded)  # type: ignore[assignment]
+        for name in ("fc6", "fc7"):
+            setattr(model, name, _InParts(getattr(model, name), rounded))
     model.to(device, rounded)
     mixed: AbstractContextManager[object] = nullcontext()
     if computed_in == "float32":
@@ -91,15 +93,16 @@ class _InParts(nn.Module):
         assert layer.bias is not None
         self._padding, self._dtype = int(layer.padding[0]), dtype
         # No parameters: the network around it is rounded at once.
-        weights, biases = (torch.split(whole, OUTPUTS_AT_ONCE) for whole in (layer.weight, layer.bias))
-        self._parts = list(zip(weights, biases, strict=True))
+        self._weights = (layer.weight.data, layer.bias.data)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = []
-        for part in self._parts:
-            weight, bias = (each.to(self._dtype).to(x.dtype) for each in part)
-            parts.append(convolve(x, weight, bias, self._padding))
-        return torch.cat(parts, dim=1)
+        def rounded(weights: Tensor) -> Tensor:
+            return weights.to(self._dtype).to(x.dtype)
+
+        if takes_columns(x.device.type, x.dtype):
+            return convolve_in_parts(x, *self._weights, self._padding, rounded, OUTPUTS_AT_ONCE)
+        parts = zip(*(torch.split(weights, OUTPUTS_AT_ONCE) for weights in self._weights), strict=True)
+        return torch.cat([F.conv2d(x, rounded(w), rounded(b), padding=self._padding) for w, b in parts], dim=1)
 
 
 def read_probe(checkpoint: Checkpoint, weights: Weights) -> tuple[Tensor, Tensor, str]:

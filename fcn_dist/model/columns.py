@@ -6,7 +6,7 @@ they lie; what is laid out is the cells a weight meets, the columns, which are f
 Shapes: B images, C channels in, O out, H x W cells padded, h x w out, K x K weights; D = C * K * K.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,6 +31,24 @@ def convolve(x_BCHW: Tensor, weight_OCKK: Tensor, bias_O: Tensor, padding: int) 
     return result
 
 
+def convolve_in_parts(
+    x_BCHW: Tensor, weight_OCKK: Tensor, bias_O: Tensor, padding: int, prepare: Callable[[Tensor], Tensor], at_once: int
+) -> Tensor:
+    """By columns and without a gradient, `at_once` of O at a time, whose weights and biases `prepare` makes."""
+    images, _, height, width = x_BCHW.shape
+    beyond = 2 * padding - weight_OCKK.shape[2] + 1
+    shape = (images, len(weight_OCKK), height + beyond, width + beyond)
+    # No view of another tensor: what comes next may change it in place.
+    out_BOhw = torch.empty(shape, dtype=x_BCHW.dtype, memory_format=torch.channels_last)
+    out_BhwO = out_BOhw.permute(0, 2, 3, 1)
+    for rows, columns in _columns(x_BCHW, weight_OCKK, padding):
+        for first in range(0, len(weight_OCKK), at_once):
+            part = slice(first, first + at_once)
+            cells = torch.addmm(prepare(bias_O[part]), columns, _matrix(prepare(weight_OCKK[part])).T)
+            out_BhwO[:, rows, :, part] = cells.view(out_BhwO[:, rows, :, part].shape)
+    return out_BOhw
+
+
 class ColumnConv2d(nn.Conv2d):
     """A convolution of stride 1: torch's own, but on a CPU in float32 and float64 by columns.
 
@@ -52,17 +70,7 @@ class _ByColumns(torch.autograd.Function):
     def forward(ctx: Any, x_BCHW: Tensor, weight_OCKK: Tensor, bias_O: Tensor, padding: int) -> Tensor:
         ctx.save_for_backward(x_BCHW, weight_OCKK)
         ctx.padding = padding
-        images, _, height, width = x_BCHW.shape
-        beyond = 2 * padding - weight_OCKK.shape[2] + 1
-        shape = (images, len(weight_OCKK), height + beyond, width + beyond)
-        # No view of another tensor: what comes next may change it in place.
-        out_BOhw = torch.empty(shape, dtype=x_BCHW.dtype, memory_format=torch.channels_last)
-        out_BhwO = out_BOhw.permute(0, 2, 3, 1)
-        matrix_OD = _matrix(weight_OCKK)
-        for rows, columns in _columns(x_BCHW, weight_OCKK, padding):
-            cells = torch.addmm(bias_O, columns, matrix_OD.T)
-            out_BhwO[:, rows] = cells.view(out_BhwO[:, rows].shape)
-        return out_BOhw
+        return convolve_in_parts(x_BCHW, weight_OCKK, bias_O, padding, _as_they_are, len(weight_OCKK))
 
     @staticmethod
     @once_differentiable
@@ -88,6 +96,10 @@ class _ByColumns(torch.autograd.Function):
             of_bias,
             None,
         )
+
+
+def _as_they_are(weights: Tensor) -> Tensor:
+    return weights
 
 
 def _columns(x_BCHW: Tensor, weight_OCKK: Tensor, padding: int) -> Iterator[tuple[slice, Tensor]]:
