@@ -56,6 +56,26 @@ def test_values_and_gradients_are_torchs(
             assert (found - wanted).abs().max() <= 2e-6 * wanted.abs().max()
 
 
+@pytest.mark.parametrize(("shape", "layout"), CASES)
+def test_some_outputs_at_a_time_with_weights_made_for_each_are_the_same(
+    shape: tuple[int, int], layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(columns, "CELLS_AT_ONCE", 40)
+    layer, asked = layer_of(*shape, layout), []
+
+    def halved(weights: Tensor) -> Tensor:
+        asked.append(len(weights))
+        return weights / 2
+
+    x = torch.randn(2, 6, 11, 8)
+    with torch.inference_mode():
+        assert layer.bias is not None
+        found = columns.convolve_in_parts(x, layer.weight, layer.bias, int(layer.padding[0]), halved, 4)
+        wanted = plain(layer)(x.double()) / 2
+    assert set(asked) == {4, 1}  # of nine
+    assert (found - wanted).abs().max() <= 2e-6 * wanted.abs().max()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_gradient_lies_as_its_weights_do(layout: str) -> None:
     """So that it is not copied."""

@@ -88,6 +88,22 @@ def test_emulated_arithmetic_is_computed_in_float32_unless_that_is_not_near_enou
     assert ways == ["bfloat16 on cpu", "float32 with weights in bfloat16 on cpu", "bfloat16 on cpu"]
 
 
+def test_in_float32_the_weights_are_those_the_engine_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all layers, also those whose weights are rounded some outputs at a time."""
+
+    def rounded(probe: dict[str, Any]) -> dict[str, Any]:
+        model = tiny_network().bfloat16().float()
+        model.get_parameter("fc7.bias").data[3] = 0.5
+        with torch.inference_mode():
+            return {**probe, "scores": model(probe["image"], coarse=True).contiguous()}
+
+    save_run(tmp_path / "run", edit_probe=rounded, state=replace(STATE, precision="bfloat16"))
+    monkeypatch.setattr(proof, "multiplies", lambda *_: False)
+    monkeypatch.setattr(proof, "OUTPUTS_AT_ONCE", 5)
+    agreement = convert(tmp_path / "run", tmp_path / "model.safetensors").agreement
+    assert agreement.arithmetic == "float32 with weights in bfloat16 on cpu" and agreement.difference <= 1e-6
+
+
 def test_scores_that_differ_are_an_error_and_leave_no_file(tmp_path: Path) -> None:
     save_run(tmp_path / "run", edit_probe=lambda probe: {**probe, "scores": probe["scores"] * 1.001})
     with pytest.raises(UserError, match=r"differ by 0\.001 of the largest score in float32 on cpu"):

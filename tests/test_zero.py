@@ -84,6 +84,7 @@ def assert_agrees(conversion: Conversion, precision: str) -> None:
     for multiplied in (True, False):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(proof, "multiplies", lambda *_, able=multiplied: able)
+            patch.setattr(proof, "OUTPUTS_AT_ONCE", 5)
             found = proof.compare(conversion.path, conversion.checkpoint, conversion.weights, "float32")
         assert found.difference <= found.tolerance
         if multiplied:
