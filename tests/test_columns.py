@@ -118,7 +118,8 @@ def test_weights_are_read_as_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_columns_of_so_many_cells_are_held_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, bytes_of_all = layer_of(7, 3, "as they come"), 512 * 6 * 49 * 4
+    """Twice in backward, on which the memory plan counts; what else is held is the same for any number of cells."""
+    layer = layer_of(7, 3, "as they come")
     x = torch.randn(8, 6, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
     held = {}
     for cells in (64, 512):
@@ -126,7 +127,7 @@ def test_columns_of_so_many_cells_are_held_and_no_more(monkeypatch: pytest.Monke
         with most_held(torch.device("cpu")) as peak:
             layer(x).sum().backward()
         held[cells] = peak.most
-    assert held[64] < bytes_of_all < held[512] / 2
+    assert 1.9 < (held[512] - held[64]) / ((512 - 64) * 6 * 49 * 4) <= 2
 
 
 def test_a_network_under_autocast_and_in_bfloat16_multiplies_as_torch_does() -> None:

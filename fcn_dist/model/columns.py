@@ -22,15 +22,6 @@ def takes_columns(device_type: str, precision: torch.dtype) -> bool:
     return device_type == "cpu" and precision in (torch.float32, torch.float64)
 
 
-def convolve(x_BCHW: Tensor, weight_OCKK: Tensor, bias_O: Tensor, padding: int) -> Tensor:
-    """(B, O, h, w), by columns where that is faster."""
-    kind = x_BCHW.device.type
-    if not takes_columns(kind, x_BCHW.dtype) or torch.is_autocast_enabled(kind):
-        return F.conv2d(x_BCHW, weight_OCKK, bias_O, padding=padding)
-    result: Tensor = _ByColumns.apply(x_BCHW, weight_OCKK, bias_O, padding)  # type: ignore[no-untyped-call]
-    return result
-
-
 def convolve_in_parts(
     x_BCHW: Tensor, weight_OCKK: Tensor, bias_O: Tensor, padding: int, prepare: Callable[[Tensor], Tensor], at_once: int
 ) -> Tensor:
@@ -59,10 +50,11 @@ class ColumnConv2d(nn.Conv2d):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, O, h, w), channels last."""
-        if not self.by_columns:
+        kind = x_BCHW.device.type
+        if not self.by_columns or not takes_columns(kind, x_BCHW.dtype) or torch.is_autocast_enabled(kind):
             return super().forward(x_BCHW)
-        assert self.bias is not None
-        return convolve(x_BCHW, self.weight, self.bias, int(self.padding[0]))
+        result: Tensor = _ByColumns.apply(x_BCHW, self.weight, self.bias, int(self.padding[0]))  # type: ignore[no-untyped-call]
+        return result
 
 
 class _ByColumns(torch.autograd.Function):
@@ -83,12 +75,12 @@ class _ByColumns(torch.autograd.Function):
         of_matrix: Tensor | None = None
         for rows, columns in _columns(x_BCHW, weight_OCKK, ctx.padding):
             passed = gradient_BhwO[:, rows].reshape(-1, len(weight_OCKK))
-            if of_x is not None:
-                _add_columns(
-                    passed @ matrix_OD, of_x[:, rows.start : rows.stop + weight_OCKK.shape[2] - 1], weight_OCKK
-                )
             if needs_weight:
                 of_matrix = passed.T @ columns if of_matrix is None else of_matrix.addmm_(passed.T, columns)
+            del columns  # before the cells' gradients take as much, and once more in their own order
+            if of_x is not None:
+                strip_BnWC = of_x[:, rows.start : rows.stop + weight_OCKK.shape[2] - 1]
+                _add_columns(passed @ matrix_OD, strip_BnWC, weight_OCKK)
         of_bias = gradient_BhwO.sum((0, 1, 2)) if needs_bias else None
         return (
             None if of_x is None else _inner(of_x, ctx.padding).permute(0, 3, 1, 2),
