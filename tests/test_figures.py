@@ -134,7 +134,10 @@ def test_what_other_pages_say_was_measured_is_in_the_results() -> None:
     waits = "training waits, s"
     speed = table("evaluation-cpu.md", "from pixels")
     ours, theirs = speed["ours, prediction"], speed["plain, prediction"]
-    factors = [f"{float(speed[f'plain, {what}']['ours is x times']):.1f}" for what in ("prediction", "evaluation")]
+    factors, of_avx512 = (
+        [f"{float(rows[f'plain, {what}']['ours is x times']):.1f}" for what in ("prediction", "evaluation")]
+        for rows in (speed, table("evaluation-cpu-avx512.md", "from pixels"))
+    )
     shares = table("camvid-cpu.md", "share of the squared")
     score = {step: float(shares[f"step {step}"]["score layers"]) for step in (5, 80, 260)}
     ratios = sorted(float(row["ratio"]) for row in table("communication-cpu.md", "a step,").values())
@@ -155,6 +158,7 @@ def test_what_other_pages_say_was_measured_is_in_the_results() -> None:
         "docs/evaluating.md": [
             f"prediction is {factors[0]} times as fast",
             f"and evaluation {factors[1]} times: {ours['images/s']} and {theirs['images/s']} images a second",
+            f"it is {of_avx512[0]} and {of_avx512[1]} times",
         ],
         "docs/watching.md": [
             f"{score[5]:.1f} % of the squared gradient at step 5, {score[80]:.0f} % at step 80 and {score[260]:.0f} %",
