@@ -67,6 +67,16 @@ def show_as(browser: Any, theme: str, width: int, height: int = 800) -> None:
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
 
+def visit(browser: Any, url: str) -> None:
+    """Until all of the page is there: the driver may come back before its style sheets are."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    browser.get(url)
+    WebDriverWait(browser, 60, 0.02).until(
+        lambda driver: driver.execute_script("return document.readyState === 'complete'")
+    )
+
+
 def requested(browser: Any) -> list[str]:
     """Addresses that anything on the page has asked for since the last call."""
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import CONTRASTS, fresh_browser, requested, show_as
+from browsing import CONTRASTS, fresh_browser, requested, show_as, visit
 from forged_runs import write_run
 
 from fcn_dist.commands.entry import run_script
@@ -50,7 +50,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def show(browser: Any, page: Path, theme: str, width: int) -> None:
     show_as(browser, theme, width)
-    browser.get(page.as_uri())
+    visit(browser, page.as_uri())
     browser.execute_script("for (const one of document.querySelectorAll('details')) one.open = true;")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browsing import CONTRASTS, fresh_browser, requested, show_as
+from browsing import CONTRASTS, fresh_browser, requested, show_as, visit
 from numpy.typing import NDArray
 from PIL import Image
 from served import Served, running
@@ -87,7 +87,7 @@ def page(browser: Any, server: Served) -> Iterator[Any]:
     """The page, just loaded. Whatever a test does there, no request leaves the server and no script fails."""
     requested(browser), browser.get_log("browser")
     show_as(browser, "light", DESKTOP)
-    browser.get(server.url)
+    visit(browser, server.url)
     until(browser, "return document.getElementById('facts').textContent.includes('5 classes')")
     yield browser
     asked = requested(browser)
@@ -372,7 +372,7 @@ def test_everything_fits_and_can_be_read(page: Any, scenes: list[Path], width: i
     assert stage["width"] > 0.6 * min(width, 700) and stage["width"] / stage["height"] == pytest.approx(
         WIDTH / HEIGHT, abs=0.02
     )
-    page.get(page.current_url + "docs")
+    visit(page, page.current_url + "docs")
     assert page.execute_script("return document.documentElement.scrollWidth") <= width
     assert [one for one in page.execute_script(CONTRASTS) if one[0] < LEAST_CONTRAST] == []
     grounds = {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}
