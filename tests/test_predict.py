@@ -1,6 +1,7 @@
 """Labels and scores from Python, and the files that the command writes."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -310,6 +311,42 @@ def test_a_pattern_keeps_the_folders_after_its_first_wildcard(
     run(model, f"{images}/{pattern}", "--output", out)
     found = [name for name in written(out) if name.endswith("_overlay.png")]
     assert found == [f"{name}_overlay.png" for name in names]
+
+
+def test_folders_behind_links_are_entered_once(model: Path, images: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    Image.fromarray(pixels(8, 8)).save(elsewhere / "three.png")
+    for link, target in [("away", elsewhere), ("zaway", elsewhere), ("back", images), ("again", images / "sub")]:
+        (images / link).symlink_to(target)
+    (elsewhere / "round").symlink_to(images)
+    run(model, images, "--output", tmp_path / "out")
+    found = [name for name in written(tmp_path / "out") if name.endswith("_overlay.png")]
+    assert found == ["away/three_overlay.png", "one_overlay.png", "sub/two.a.b_overlay.png"]
+
+
+def test_a_link_to_nothing_is_an_image_that_cannot_be_read(model: Path, images: Path, tmp_path: Path) -> None:
+    (images / "gone.png").symlink_to(tmp_path / "nothing")
+    (images / "gone.txt").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"1 of 3 images .*gone\.png cannot be decoded \(No such file or directory\)"):
+        run(model, images, "--output", tmp_path / "out")
+    assert len(lines_of(tmp_path / "out")) == 3
+
+
+def test_a_folder_that_cannot_be_read_is_refused(
+    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir = os.scandir
+
+    def scan(path: Any) -> Any:
+        if Path(path).name == "sub":  # for root, all can be read
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    with pytest.raises(UserError, match=r"images/sub cannot be read \(Permission denied\)"):
+        run(model, images, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_with_a_wildcard_in_its_name_is_a_file(model: Path, images: Path, tmp_path: Path) -> None:

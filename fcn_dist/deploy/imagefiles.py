@@ -1,6 +1,7 @@
 """Images, folders and patterns in; which outputs belong to which image, and the pixels as a viewer shows them, out."""
 
 import glob
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def _images(given: str, output_dir: Path) -> Iterator[tuple[Path, Path]]:
         yield path, Path(path.stem)
         return
     if path.is_dir():
-        folder, candidates = path, path.rglob("*")
+        folder, candidates = path, _below(path)
     elif glob.has_magic(given):
         folder = _before_wildcards(path)
         candidates = (Path(match) for match in glob.iglob(given, recursive=True))  # noqa: PTH207 - as a shell has **
@@ -88,12 +89,33 @@ def _images(given: str, output_dir: Path) -> Iterator[tuple[Path, Path]]:
         hidden = any(part.startswith(".") for part in image.relative_to(folder).parts)
         # The outputs of an earlier run are no images to label.
         ours = output_is_inside and output_dir.resolve() in image.resolve().parents
-        if image.suffix.lower() in SUFFIXES and image.is_file() and not hidden and not ours:
+        # A link to nothing is an image that cannot be read, and is told of when its turn comes.
+        absent = image.is_symlink() and not image.exists()
+        if image.suffix.lower() in SUFFIXES and (image.is_file() or absent) and not hidden and not ours:
             found += 1
             yield image, image.relative_to(folder).with_suffix("")
     if not found:
         what = f"folder {path} holds" if path.is_dir() else f"pattern {given} matches"
         raise UserError(f"{what} no images; files ending in {', '.join(SUFFIXES)} are looked for")
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Files in it and in all folders below that are not hidden, also behind links out of it, each folder there once."""
+    seen = {folder.resolve()}
+
+    def unreadable(error: OSError) -> None:
+        raise UserError(f"folder {error.filename} cannot be read ({error.strerror}); make it readable, or move it away")
+
+    for place, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        yield from (Path(place, name) for name in names)
+        entered = []
+        for name in sorted(name for name in folders if not name.startswith(".")):
+            real = Path(place, name).resolve()
+            leads_back = Path(place, name).is_symlink() and folder.resolve() in real.parents
+            if real not in seen and not leads_back:
+                seen.add(real)
+                entered.append(name)
+        folders[:] = entered
 
 
 def _before_wildcards(pattern: Path) -> Path:
@@ -140,7 +162,8 @@ def read_rgb(
         raise TooManyPixels(f"{name} has far too many pixels; at most {most:,} are needed; shrink it") from error
     except Exception as error:  # decoders of damaged files raise whatever they trip over
         unknown = isinstance(error, UnidentifiedImageError)
-        reason = "it is of no known kind" if unknown else str(error) or type(error).__name__
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = "it is of no known kind" if unknown else reason
         raise UserError(f"{name} cannot be decoded ({reason}); a whole image file is needed; replace it") from error
 
 
