@@ -1,7 +1,9 @@
 """What users get wrong: exit code 2, one message on standard error that names it, no traceback, nothing lost."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -249,3 +251,14 @@ def test_packing_names_the_classes_that_are_in_no_image(
     info.write_text(info.read_text().rstrip("\n") + "\n6\t0\t0\t0\tunicorn, mythical animal\n")
     assert run_script("create", [str(scenes), str(tmp_path / "out")]) == 0
     assert "training: in no image: unicorn (masks number classes from 1; 0 is other)" in capsys.readouterr().out
+
+
+def test_an_interrupted_command_says_so_and_ends_by_the_signal(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "recipe.yaml")  # it waits there until it is read
+    command = [sys.executable, str(ROOT / "launch" / "plan.py"), "--gpus", "1", "--gpu-memory", "80GB"]
+    command += ["--recipe", str(tmp_path / "recipe.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with (tmp_path / "recipe.yaml").open("w"):  # until the command opens it, too
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=TIME_LIMIT)
+    assert (process.returncode, out, err) == (-signal.SIGINT, "", "interrupted\n")

@@ -57,9 +57,16 @@ def _run(command: Callable[[], None]) -> int:
     except SystemExit as end:  # of the parser
         code = end.code if isinstance(end.code, int) else 1
         raise
+    except KeyboardInterrupt:
+        sys.excepthook = _tell_of_interruption
+        raise  # Python ends by the signal then, which tells a shell to end its loop, too
     finally:
         leave_outcome(code)
     return code
+
+
+def _tell_of_interruption(*_: object) -> None:
+    print("interrupted", file=sys.stderr, flush=True)
 
 
 def _with_extras(command: Callable[[], None]) -> None:
