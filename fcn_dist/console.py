@@ -9,6 +9,7 @@ from collections.abc import Callable
 from rich.console import Console
 
 from fcn_dist.errors import EXIT_USER_ERROR, EarlyEnd, LostPeer, UserError
+from fcn_dist.lasting import lasting_output
 from fcn_dist.ranks import Rank
 
 # A launcher ends the other ranks within about a second of the first failure, so a rank that is still alive after
@@ -43,11 +44,11 @@ def run_command(command: Callable[[], None]) -> int:
         return error.code
     except EarlyEnd as end:
         if Rank.from_environment().index == 0:
-            print(end, file=sys.stderr, flush=True)
+            _say(str(end))
         return end.code
     except LostPeer as loss:
         rank = Rank.from_environment()
-        print(f"error (rank {rank.index} on {platform.node()}): {loss}", file=sys.stderr, flush=True)
+        _say(f"error (rank {rank.index} on {platform.node()}): {loss}")
         time.sleep(SILENT_RANK_GRACE)  # the lost rank's code is to be the launcher's
         return loss.code
     except BrokenPipeError:
@@ -66,4 +67,10 @@ def _tell(message: str) -> None:
     if rank.index:
         time.sleep(SILENT_RANK_GRACE)
     where = f" (rank {rank.index})" if rank.index else ""
-    print(f"error{where}: {message}", file=sys.stderr, flush=True)
+    _say(f"error{where}: {message}")
+
+
+def _say(message: str) -> None:
+    """On standard error if it takes it; the exit code says the same."""
+    with lasting_output():
+        print(message, file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 """What people see of training: figures from a journal, a panel at any width, and real terminals as they end up."""
 
+import fcntl
 import io
 import json
 import logging
@@ -8,12 +9,15 @@ import pty
 import re
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import textwrap
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +119,7 @@ def test_before_the_first_figures_a_panel_says_so_and_a_summary_tells_of_this_st
     assert any("no step is logged yet" in line for line in shown(panel(Standing(9, 1), "", Text(), 80), 80))
     standing = Standing(steps=100, world_size=1, first_step=20)
     standing.hear(trained(30, 1.0))
+    standing.step = 30
     assert any("10 steps in 0 s, to step 30 of 100" in line for line in shown(summary(standing), 80))
 
 
@@ -162,19 +167,40 @@ def test_library_logs_and_warnings_go_to_a_file_errors_to_the_screen_too_and_all
 class Terminal:
     """A process in a pseudo-terminal, and the screen that a person would see."""
 
-    def __init__(self, command: list[str], environment: dict[str, str] | None = None) -> None:
-        self.screen = pyte.Screen(COLUMNS, ROWS)
-        self._stream = pyte.ByteStream(self.screen)
-        self.raw = b""
+    def __init__(self, command: list[str], environment: dict[str, str] | None = None, rows: int = ROWS) -> None:
         self._own, theirs = pty.openpty()
-        known = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(COLUMNS), "LINES": str(ROWS)}
+        self.raw = b""
+        self._show_as(COLUMNS, rows)
+        known = {**os.environ, "TERM": "xterm-256color"}
+        for name in ("COLUMNS", "LINES"):
+            known.pop(name, None)
         known["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
             command, stdin=theirs, stdout=theirs, stderr=theirs, env=known | (environment or {}), start_new_session=True
         )
         os.close(theirs)
 
-    def read_until(self, done: Callable[[str], bool]) -> str:
+    def _show_as(self, columns: int, rows: int) -> None:
+        self.screen = pyte.Screen(columns, rows)
+        self._stream = pyte.ByteStream(self.screen)
+        fcntl.ioctl(self._own, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
+
+    def narrow(self, columns: int) -> None:
+        """As most terminals do it: what is on the screen is broken into more lines."""
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitpid(self.process.pid, os.WUNTRACED)
+        while select.select([self._own], [], [], 0)[0]:
+            self._read()
+        lines = self.screen.display[: self.screen.cursor.y + 1]
+        self._show_as(columns, self.screen.lines)
+        self._stream.feed("\r\n".join(line.rstrip() for line in lines).encode())
+        self.process.send_signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        """Its window is closed: nobody reads any more."""
+        os.close(self._own)
+
+    def read_until(self, done: Callable[[str], object]) -> str:
         """The text on the screen once it is as wanted."""
         deadline = time.monotonic() + TIME_LIMIT
         while not done(self.text()):
@@ -218,21 +244,23 @@ DISPLAY = """
         logging.getLogger("library").warning("noise")
         logging.getLogger("library").error("trouble")
         print("printed by somebody")
-        panelled = sys.stdout
         if os.fork() == 0:
-            os._exit(int(sys.stdout is panelled or sys.stdout is not sys.__stdout__))
+            os._exit(int(sys.stdout is not sys.__stdout__))
         assert os.wait()[1] == 0, "a child prints past the panel"
         {then}
 """
 
 
-def display(tmp_path: Path, then: str, environment: dict[str, str] | None = None) -> Terminal:
+WAIT = "signal.sigwait([signal.SIGUSR1])"
+
+
+def display(tmp_path: Path, then: str = WAIT, environment: dict[str, str] | None = None, rows: int = ROWS) -> Terminal:
     script = textwrap.dedent(DISPLAY).format(line=trained(5, 1.5), then=then)
-    return Terminal([sys.executable, "-c", script, str(tmp_path / "log")], environment)
+    return Terminal([sys.executable, "-c", script, str(tmp_path / "log")], environment, rows)
 
 
 def test_in_a_terminal_the_panel_stays_one_and_ends_as_a_table(tmp_path: Path) -> None:
-    terminal = display(tmp_path, "signal.sigwait([signal.SIGUSR1])")
+    terminal = display(tmp_path)
     text = terminal.read_until(lambda text: "╰" in text and "printed by" in text and "5/9" in text)
     assert text.count("╭") == 1, text
     terminal.process.send_signal(signal.SIGUSR1)
@@ -241,6 +269,60 @@ def test_in_a_terminal_the_panel_stays_one_and_ends_as_a_table(tmp_path: Path) -
     for words in ("a [headline]", "and more", "news", "printed by somebody", "trouble"):
         assert text.count(words) == 1, text
     assert "noise" not in text and "noise" in (tmp_path / "log").read_text()
+
+
+def test_nothing_of_the_panel_is_left_when_the_window_becomes_narrower(tmp_path: Path) -> None:
+    terminal = display(tmp_path)
+    terminal.read_until(lambda text: "╰" in text and "printed by" in text and "5/9" in text)
+    for columns in (60, 40):
+        terminal.narrow(columns)
+        last_line = f"╰{'─' * (columns - 5)}╯"
+        text = terminal.read_until(partial(re.search, last_line))
+        assert text.count("╭") == text.count("╰") == 1 and text.count("speed") == 1, text
+    terminal.process.send_signal(signal.SIGUSR1)
+    code, text = terminal.end()
+    assert code == 0 and "╭" not in text and "summary" in text
+
+
+def test_a_panel_that_is_higher_than_the_window_leaves_nothing_behind(tmp_path: Path) -> None:
+    terminal = display(tmp_path, rows=6)
+    terminal.read_until(lambda text: "╭" in text and "..." in text)
+    terminal.process.send_signal(signal.SIGUSR1)
+    seen = len(terminal.raw)
+    assert terminal.end()[0] == 0
+    assert b"summary" in terminal.raw[seen:] and "╰".encode() not in terminal.raw[seen:].partition(b"summary")[0]
+
+
+def test_the_cursor_is_never_hidden(tmp_path: Path) -> None:
+    terminal = display(tmp_path)
+    terminal.read_until(lambda text: "╰" in text)
+    terminal.process.kill()
+    assert terminal.end()[0] == -signal.SIGKILL
+    assert b"\x1b[?25l" not in terminal.raw and not terminal.screen.cursor.hidden
+
+
+@pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"TERM": "unknown"}])
+def test_a_terminal_that_cannot_take_lines_back_gets_plain_ones(tmp_path: Path, environment: dict[str, str]) -> None:
+    code, text = display(tmp_path, "display.figures(5)", environment).end()
+    assert code == 0 and "╭" not in text and "step 5/9  epoch 0.50  loss 1.5000" in text and "summary" in text
+
+
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_a_file_gets_plain_lines_whatever_colours_are_asked_for(tmp_path: Path, variable: str) -> None:
+    script = textwrap.dedent(DISPLAY).format(line=trained(5, 1.5), then="display.figures(5)")
+    command = [sys.executable, "-c", script, str(tmp_path / "log")]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, variable: "1"}, stdout=subprocess.PIPE, timeout=60)
+    text = done.stdout.decode()
+    assert done.returncode == 0 and "╭" not in text and "\x1b[?25l" not in text and "step 5/9  epoch 0.50" in text
+
+
+def test_where_there_is_no_unicode_there_are_no_bars(tmp_path: Path) -> None:
+    terminal = display(tmp_path, environment={"PYTHONIOENCODING": "ascii"})
+    text = terminal.read_until(lambda text: "printed by" in text and "5/9" in text and "1.5000 smoothed" in text)
+    assert "?" not in text
+    terminal.process.send_signal(signal.SIGUSR1)
+    code, text = terminal.end()
+    assert code == 0 and "1.5000 smoothed" in text and "?" not in text
 
 
 def test_an_error_is_told_after_the_panel_is_gone(tmp_path: Path) -> None:
@@ -258,16 +340,58 @@ def test_without_colour_there_is_none(tmp_path: Path) -> None:
     assert seen == [True, False]
 
 
-@pytest.mark.slow
-def test_a_training_that_is_asked_to_stop_leaves_table_and_reason_on_the_screen(shards: Path, tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
+def training(shards: Path, run: Path, *more: str, ranks: int = 1) -> list[str]:
+    """The command, as its own rank or as the supervisor of several."""
+    recipe = run.parent / "recipe.yaml"
     recipe.write_text(RECIPE)
-    command = [sys.executable, str(TRAIN), "--shards", str(shards), "--output", str(tmp_path / "run")]
-    command += ["--recipe", str(recipe), "--steps", "5000", "--set", "log.every=1"]
-    terminal = Terminal(command)
+    begin = [sys.executable, str(TRAIN)]
+    if ranks > 1:
+        begin = [sys.executable, "-m", "fcn_dist", "train", "--ranks", str(ranks)]
+    return [*begin, "--shards", str(shards), "--output", str(run), "--recipe", str(recipe), *more]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_training_that_is_asked_to_stop_leaves_table_and_reason_on_the_screen(
+    shards: Path, tmp_path: Path, ranks: int
+) -> None:
+    terminal = Terminal(training(shards, tmp_path / "run", "--steps", "5000", "--set", "log.every=7", ranks=ranks))
     terminal.read_until(lambda text: "╰" in text and "images/s" in text)
-    terminal.process.send_signal(signal.SIGTERM)
+    terminal.process.send_signal(signal.SIGINT)
     code, text = terminal.end()
     assert code == EXIT_REQUEUE, text
     assert "╭" not in text and text.index("summary") < text.index("stopped after step"), text
     assert re.search(r"saved +│ step \d+, \d s ago", text), text
+    last = int(re.findall(r"stopped after step (\d+)", text)[0])
+    assert re.search(rf"asked to stop \(.*rank 0: SIG.*\): saving step {last}", text), text
+    assert f"{last} steps in" in text and f"to step {last} of 5000" in text, text
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if line["event"] == "train"]
+    assert steps == [*range(7, last, 7), last], "also of the steps after the last that was due"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_training_whose_window_is_closed_saves_and_stops(shards: Path, tmp_path: Path, ranks: int) -> None:
+    run = tmp_path / "run"
+    terminal = Terminal(training(shards, run, "--steps", "5000", "--set", "checkpoint.every=0", ranks=ranks))
+    terminal.read_until(lambda text: "╰" in text and "images/s" in text)
+    terminal.close()
+    terminal.process.send_signal(signal.SIGHUP)
+    assert terminal.process.wait(TIME_LIMIT) == EXIT_REQUEUE
+    assert len(list((run / "checkpoints").glob("step-*"))) == 1
+    assert "standard output is lost from here on" in (run / "ranks" / "rank-00000.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_training_goes_on_when_the_reader_of_its_output_is_gone(shards: Path, tmp_path: Path, ranks: int) -> None:
+    command = training(shards, tmp_path / "run", "--steps", "6", ranks=ranks)
+    reader, writer = os.pipe()
+    with subprocess.Popen(command, cwd=ROOT, stdout=writer, stderr=writer, start_new_session=True) as process:
+        os.close(writer)
+        assert os.read(reader, 1)
+        os.close(reader)
+        assert process.wait(TIME_LIMIT) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["event"] == "train"] == [1, 2, 3, 4, 5, 6]

@@ -113,7 +113,7 @@ def test_a_run_that_never_had_a_checkpoint_may_begin_anew(tmp_path: Path) -> Non
 def test_a_run_whose_checkpoints_are_gone_never_begins_anew(tmp_path: Path, trace: str) -> None:
     write_run_record(tmp_path, RECORD)
     if trace == "journal":
-        (tmp_path / METRICS_NAME).write_text(json.dumps({"event": "checkpoint", "step": 2}) + "\n")
+        (tmp_path / METRICS_NAME).write_text(json.dumps({"event": "checkpoint", "step": 2, "time": 1.0}) + "\n")
     else:
         folder = save(tmp_path, 2)
         set_aside(folder)

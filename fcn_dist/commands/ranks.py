@@ -2,13 +2,13 @@
 
 import atexit
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
 
 from fcn_dist.errors import EarlyEnd, LostPeer, UserError
+from fcn_dist.lasting import lasting_output
 
 
 @contextmanager
@@ -46,6 +46,6 @@ def _skip_interpreter_end(code: int) -> None:
 
 
 def _end_at_once(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with lasting_output():
+        pass  # what is left to say is said at the block's end
     os._exit(code)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fcn_dist.errors import EXIT_REQUEUE, EXIT_STUCK, EXIT_USER_ERROR, UserError, named
+from fcn_dist.lasting import lasting_output
 from fcn_dist.launching.agent import BEAT
 from fcn_dist.launching.exports import of_families, read_export_files
 from fcn_dist.launching.hostfile import Host
@@ -58,7 +59,7 @@ def supervise(launch: Launch) -> int:
     Raises UserError before anything is started if a host does not answer or arguments cannot be taken there.
     """
     private = tempfile.TemporaryDirectory(prefix="fcn-dist-") if launch.hosts else nullcontext("")
-    with Signals() as signals, private as folder:
+    with lasting_output(), Signals() as signals, private as folder:
         return Supervisor(launch, signals, Path(folder)).run()
 
 
@@ -174,7 +175,8 @@ class Supervisor:
     def stop(self, signum: int) -> None:
         """Pass a signal on to all ranks, once: each sets a flag, and they save together. More change nothing."""
         signum = signal.SIGTERM if signum == signal.SIGHUP else signum
-        say(f"{signal.Signals(signum).name}: the ranks save and stop")
+        if self.launch.hosts or not sys.stderr.isatty():  # here, rank 0 has a panel on that screen, and says so in it
+            say(f"{signal.Signals(signum).name}: the ranks save and stop")
         for node in self.nodes:
             node.tell(f"stop {signum}")
 

@@ -16,6 +16,7 @@ POINTS = 400  # of a curve; those of longer ones are means of as many neighbours
 SMOOTHED_FROM = 60  # points, from which on a mean of neighbours says more than each
 HEIGHT = 2.1  # inches
 MARKED = "loss"
+DASHES = (0, (4, 2))  # of the runs for which there is no colour left
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,10 @@ def curves(runs: Sequence[RunData]) -> Html:
 def legend(runs: Sequence[RunData]) -> Html:
     """Which colour is which run."""
     entries = [
-        element("li", element("span", class_=f"line series-{n % len(SERIES)}"), run.name) for n, run in enumerate(runs)
+        element(
+            "li", element("span", class_=f"line series-{n % len(SERIES)}{' dashed' * (n >= len(SERIES))}"), run.name
+        )
+        for n, run in enumerate(runs)
     ]
     return element("ul", *entries, class_="legend")
 
@@ -87,7 +91,10 @@ def draw(curve: Curve, runs: Sequence[RunData]) -> Html:
     with drawing(curve.name):
         drawn, axes = new_chart(HEIGHT)
         for number, run in enumerate(runs):
-            _line(axes, curve, run, SERIES[number % len(SERIES)])
+            _line(axes, curve, run, SERIES[number % len(SERIES)], dashed=number >= len(SERIES))
+        low, high = axes.get_xlim()
+        if high - low < 2:  # one step alone, around which a chart would have fractions of steps
+            axes.set_xlim(round((low + high) / 2) - 1, round((low + high) / 2) + 1)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_xlabel("step")
         if curve.from_zero:
@@ -104,18 +111,23 @@ def draw(curve: Curve, runs: Sequence[RunData]) -> Html:
         return to_svg(drawn, describe(curve, runs))
 
 
-def _line(axes: Axes, curve: Curve, run: RunData, colour: str) -> None:
+def _line(axes: Axes, curve: Curve, run: RunData, colour: str, dashed: bool) -> None:
     steps, figures = thinned(*curve.series(run))
     dots = "o" if np.isfinite(figures).sum() <= 25 else None
     if curve.smoothed and len(figures) >= SMOOTHED_FROM:
         axes.plot(steps, figures, color=colour, alpha=0.3, linewidth=0.8)
         figures, dots = smooth(figures, len(figures) // 20), None
-    axes.plot(steps, figures, color=colour, marker=dots, markersize=3)
+    axes.plot(steps, figures, color=colour, marker=dots, markersize=3, linestyle=DASHES if dashed else "-")
 
 
 def _restarts(axes: Axes, run: RunData) -> None:
-    for start in run.starts[1:]:
+    for start in restarts(run):
         axes.axvline(start["step"], color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)))
+
+
+def restarts(run: RunData) -> list[Line]:
+    """Starts that went on from a step; a run whose first start left no checkpoint begins anew."""
+    return [start for start in run.starts if start["step"]]
 
 
 def caption(curve: Curve, runs: Sequence[RunData]) -> str | None:
@@ -123,7 +135,7 @@ def caption(curve: Curve, runs: Sequence[RunData]) -> str | None:
     said = []
     if len(runs) == 1 and curve.name == MARKED and runs[0].scored:
         said.append("Triangles: evaluations.")
-    if len(runs) == 1 and curve.name == MARKED and runs[0].starts[1:]:
+    if len(runs) == 1 and curve.name == MARKED and restarts(runs[0]):
         said.append("Dotted lines, here and below: restarts.")
     if curve.smoothed and any(min(len(curve.lines(run)), POINTS) >= SMOOTHED_FROM for run in runs):
         said.append("Faint: as logged; strong: mean of neighbours.")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fcn_dist.errors import counted
 from fcn_dist.reporting.classes import per_cent
 from fcn_dist.reporting.markup import Html, Part, element, join, table
 from fcn_dist.reporting.rundata import RunData, last, values
@@ -76,9 +77,11 @@ def how_to_run_again(run: RunData) -> Html:
     for start in starts:
         ranks, command = int(start.get("world_size", 1)), str(start.get("command", ""))
         when = f" on {moment(start['time'])}" if start["time"] else ""
-        begun = "Begun" if start is starts[0] and not start["step"] else f"Continued after step {start['step']:,}"
+        begun = "Begun" if start is starts[0] else "Begun anew"
+        if start["step"]:
+            begun = f"Continued after step {start['step']:,}"
         parts += [
-            element("p", f"{begun}{when}, with {ranks} rank{'s' if ranks > 1 else ''}:"),
+            element("p", f"{begun}{when}, with {counted(ranks, 'rank')}:"),
             element("pre", element("code", again(command, ranks)), tabindex="0"),
             element("details", element("summary", "What its first rank was told"), element("code", command)),
         ]
@@ -115,8 +118,8 @@ def origins(run: RunData) -> list[tuple[Part, Part]]:
     rows.append(
         (
             "global batch",
-            f"{record.global_batch} = {record.world_size} ranks x micro-batch {cut[0]} x accumulation {cut[1]}, at the "
-            "first start",
+            f"{record.global_batch} = {counted(record.world_size, 'rank')} x micro-batch {cut[0]} x accumulation "
+            f"{cut[1]}, at the first start",
         )
     )
     incidents = [f"{name} ({count})" for name, count in sorted(run.others.items()) if name != "checkpoint"]

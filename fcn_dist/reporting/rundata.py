@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcn_dist.errors import UserError
-from fcn_dist.training.runfolder import METRICS_NAME, RunRecord, read_run_record
+from fcn_dist.training.runfolder import METRICS_NAME, RunRecord, parse_line, read_run_record
 
 EVALUATION = "predictions/evaluation.json"
 Line = dict[str, Any]
@@ -89,7 +89,7 @@ def read_run(folder: Path, name: str) -> RunData:
             run.trained.append(line)
         elif event == "evaluate":
             run.scored.append(line)
-        elif event == "layers":
+        elif event == "layers" and "layers" in line:
             run.looks.append(_look(line))
         else:
             run.others[event] += 1
@@ -107,12 +107,8 @@ def _lines(path: Path, run: RunData) -> Iterator[Line]:
         for text in file:
             if not text.endswith("\n"):
                 return  # it is being written, or a kill has cut it
-            try:
-                line = json.loads(text)
-                whole = {"event", "step", "time"} <= line.keys()
-            except (ValueError, AttributeError):
-                whole = False
-            if whole:
+            line = parse_line(text)
+            if line is not None:
                 yield line
             else:
                 run.unread += 1
@@ -128,7 +124,8 @@ def _evaluation(path: Path, num_classes: int) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text())
         whole = np.array(found["confusion"]).shape == (num_classes + 1, num_classes + 1)
-        return dict(found) if whole and len(found["classes"]) == num_classes else None
+        whole = whole and len(found["classes"]) == num_classes and isinstance(found["scenes"], list)
+        return dict(found) if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -53,6 +53,7 @@ th, td { text-align: left; padding: 3px 14px 3px 0; border-bottom: 1px solid var
   font-weight: normal; }
 thead th { color: var(--muted); font-size: 0.87rem; }
 .facts td, .keys td { overflow-wrap: anywhere; }
+.keys td { min-width: 7em; }
 .facts th { color: var(--muted); white-space: nowrap; }
 .figures td { white-space: nowrap; font-variant-numeric: tabular-nums; }
 .bars { width: 100%; }
@@ -66,6 +67,7 @@ mark { background: var(--mark); color: var(--ink); padding: 0 3px; border-radius
 .legend li { overflow-wrap: anywhere; }
 .swatch, .line { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 6px; }
 .line { width: 20px; height: 4px; vertical-align: middle; }
+.dashed { mask: repeating-linear-gradient(90deg, black 0 5px, transparent 5px 8px); }
 .scene { margin: 10px 0 18px; }
 .scene b { overflow-wrap: anywhere; }
 .four { display: grid; grid-template-columns: repeat(4, 1fr); gap: 8px; }

@@ -14,10 +14,10 @@ from fcn_dist.ranks import Rank
 from fcn_dist.scoring.agreement import raise_together
 from fcn_dist.training.collective import on_rank_zero
 from fcn_dist.training.runfolder import (
-    METRICS_NAME,
     RUN_NAME,
     TRAINING_SPLIT,
     RunRecord,
+    read_journal,
     read_run_record,
     refuse_foreign_folder,
     write_run_record,
@@ -131,9 +131,7 @@ def is_fresh(run_dir: Path) -> bool:
     """
     if committed(run_dir):
         return False
-    journal = run_dir / METRICS_NAME
-    lines = journal.read_text().splitlines(keepends=True) if journal.exists() else []
-    told = any(json.loads(line)["event"] == "checkpoint" for line in lines if line.endswith("\n"))
+    told = any(found["event"] == "checkpoint" for _, found in read_journal(run_dir))
     traces = [path.name for path in checkpoints_dir(run_dir).glob("damaged-step-*")]
     if told or traces or (checkpoints_dir(run_dir) / LATEST_NAME).exists():
         raise UserError(

@@ -28,7 +28,7 @@ class EventFiles:
 
     def __init__(self, run_dir: Path, record: RunRecord, first_step: int) -> None:
         """Raises UserError if the extra is not installed."""
-        purge = first_step + 1 if first_step else None
+        purge = first_step + 1 if first_step else 0  # a run that begins anew may have files of its first start
         self._writer = summary_writer()(str(run_dir / BOARD_DIR), purge_step=purge)
         text = json.dumps(vars(record), indent=2)
         self._writer.add_text("run.json", "".join(f"    {line}\n" for line in text.splitlines()), first_step)

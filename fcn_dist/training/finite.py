@@ -8,7 +8,6 @@ fp16's dynamic loss scale overflows now and then by design, and DeepSpeed lowers
 one of these unless the scale cannot be lowered any more.
 """
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from fcn_dist.training.collective import of_all_ranks, on_rank_zero, sum_over_ra
 from fcn_dist.training.display import TrainingDisplay
 from fcn_dist.training.engine import Engine, loss_scale
 from fcn_dist.training.job import Job
-from fcn_dist.training.runfolder import Journal
+from fcn_dist.training.runfolder import Journal, read_journal
 
 EVENT = "not_finite"
 REMEDIES = {
@@ -176,9 +175,7 @@ class StepCheck:
             )
 
     def _from_journal(self) -> int:
-        assert self.journal
-        lines = (json.loads(line) for line in self.journal.path.read_text().splitlines())
-        return sum(line["event"] == EVENT for line in lines)
+        return sum(found["event"] == EVENT for _, found in read_journal(self.run_dir))
 
 
 def skip_unless_finite(optimizer: Any, _args: Any, _options: Any) -> None:

@@ -55,10 +55,11 @@ class Trainer:
             clock.enter(Phase.AGREEING)
             agreed = self.intake.agree(step + 1, micro_batches)
             if agreed.stop:
+                if done > first_step and not due(done, recipe.log.every, job.steps):
+                    self.log(done)
                 break
             done = step + 1
-            rate = learning_rate(recipe.schedule, job.config.learning_rate, step, job.steps)
-            set_learning_rate(engine, job.groups, rate)
+            set_learning_rate(engine, job.groups, self.learning_rate(step))
             micro_batches = self.shortage.train(done, micro_batches, partial(self.accumulate, done, agreed.labelled))
             average_statistics(engine.module, job.rank)
             self.meter.add_step(self.check.finite(done, micro_batches))
@@ -68,11 +69,7 @@ class Trainer:
             self.layers.write(done)
 
             if due(done, recipe.log.every, job.steps):
-                figures = self.meter.read(job, engine, done, rate)
-                if self.journal:
-                    self.journal.write("train", done, **figures)
-                    self.progress.figures(done)
-                self.pace.compare(done)
+                self.log(done)
             if due(done, recipe.evaluate.every, job.steps) and (done < job.steps or recipe.evaluate.at_end):
                 clock.enter(Phase.EVALUATING)
                 self.scorer.score(done)
@@ -101,6 +98,18 @@ class Trainer:
                 self.clock.enter(Phase.BACKWARD)
             engine.step()
             self.meter.add_losses(losses.shares(labelled))
+
+    def log(self, done: int) -> None:
+        """Figures of the steps up to `done` since this was called before. All ranks call it."""
+        figures = self.meter.read(self.job, self.engine, done, self.learning_rate(done - 1))
+        if self.journal:
+            self.journal.write("train", done, **figures)
+            self.progress.figures(done)
+        self.pace.compare(done)
+
+    def learning_rate(self, step: int) -> float:
+        """Of a step, counted from 0."""
+        return learning_rate(self.job.recipe.schedule, self.job.config.learning_rate, step, self.job.steps)
 
 
 def due(done: int, every: int, steps: int) -> bool:

@@ -15,9 +15,9 @@ SPARKS, SPARK_POINTS = "▁▂▃▄▅▆▇█", 24
 TWO_COLUMNS_FROM, WIDEST = 78, 100  # characters
 
 
-def panel(standing: Standing, headline: str, bar: RenderableType, width: int) -> Panel:
-    """The bar, and all figures there are, in two columns where there is room."""
-    training, machine, news = _training(standing), _machine(standing), _news(standing)
+def panel(standing: Standing, headline: str, bar: RenderableType, width: int, sparks: bool = True) -> Panel:
+    """The bar, and all figures there are, in two columns where there is room; `sparks` need a screen with Unicode."""
+    training, machine, news = _training(standing, sparks), _machine(standing), _news(standing)
     if width >= TWO_COLUMNS_FROM:
         both = Table.grid(padding=(0, 4))
         both.add_row(_rows(training), _rows(machine))
@@ -38,11 +38,15 @@ def _rows(rows: list[tuple[str, str]]) -> Table:
     return table
 
 
-def _training(standing: Standing) -> list[tuple[str, str]]:
+def _training(standing: Standing, sparks: bool) -> list[tuple[str, str]]:
     figures = standing.figures
     if not figures:
         return [("loss", "no step is logged yet")]
-    loss = f"{standing.losses[-1]:.4f} smoothed  {spark(standing.losses)}" if standing.losses else "-"
+    loss = f"{standing.losses[-1]:.4f} smoothed" if standing.losses else "-"
+    if standing.losses and sparks:
+        loss = f"{loss}  {spark(standing.losses)}"
+    if standing.losses and figures["loss"] is None:
+        loss = f"not finite; before, {loss}"
     rows = [("epoch", f"{figures['epoch']:.2f}"), ("loss", loss), ("rate", f"{figures['learning_rate']:.2e}")]
     if figures["gradient_norm"] is not None:
         rows.append(("gradient", f"{figures['gradient_norm']:.3g}"))
@@ -101,12 +105,12 @@ def age(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def summary(standing: Standing) -> Table:
+def summary(standing: Standing, sparks: bool = True) -> Table:
     """What came of this start of the run."""
     table = Table(show_header=False, title="summary", title_justify="left")
     trained = counted(standing.step - standing.first_step, "step")
     took = age(time.time() - standing.began)
     table.add_row("trained", f"{trained} in {took}, to step {standing.step} of {standing.steps}")
-    for name, value in [*_training(standing), *_machine(standing), *_news(standing)]:
+    for name, value in [*_training(standing, sparks), *_machine(standing), *_news(standing)]:
         table.add_row(name, Text(value))
     return table

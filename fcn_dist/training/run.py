@@ -6,6 +6,7 @@ from pathlib import Path
 from fcn_dist.data.loader import build_loader
 from fcn_dist.data.loaderprocesses import ended_with_the_block
 from fcn_dist.errors import EXIT_REQUEUE, EarlyEnd
+from fcn_dist.lasting import lasting_output
 from fcn_dist.scoring.metrics import Scores
 from fcn_dist.training.bad_samples import BadSamples
 from fcn_dist.training.beats import RANKS_DIR
@@ -41,7 +42,7 @@ def train(config: RunConfig) -> Scores | None:
     EarlyEnd, on all ranks, once the state is saved, if any of them was asked to stop (see stop.py); LostPeer if another
     rank has died.
     """
-    with heeding_signals() as stop, ended_with_the_block(), noticing_lost_peers():
+    with lasting_output(), heeding_signals() as stop, ended_with_the_block(), noticing_lost_peers():
         return _train(config, stop)
 
 
@@ -71,6 +72,9 @@ def _train(config: RunConfig, stop: StopRequest) -> Scores | None:
         with trainer.keeper:
             done = trainer.train_steps(first_step)
         stop.saving = True
+        reasons = stop_reasons(job, stop)
+        if done < job.steps:
+            display.say(f"asked to stop ({reasons}): saving step {done}")
         clock.enter(Phase.SAVING)
         trainer.keeper.close(done, trainer.scorer.summary)
         if summary := trainer.intake.bad_samples.summary():
@@ -78,7 +82,11 @@ def _train(config: RunConfig, stop: StopRequest) -> Scores | None:
     if ready.lock:
         ready.lock.release()
     if done < job.steps:
-        raise stopped(job, trainer.keeper, stop, done)
+        raise EarlyEnd(
+            f"stopped after step {done} of {job.steps} ({reasons}); {trainer.keeper.newest}; continue with --resume or "
+            f"--auto-resume (exit code {EXIT_REQUEUE})",
+            EXIT_REQUEUE,
+        )
     return trainer.scorer.last
 
 
@@ -131,12 +139,7 @@ def open_boards(run_dir: Path, ready: Ready, display: TrainingDisplay) -> list[B
     return [Board(run_dir, record, first, multipliers, writer) for writer, first in writers]
 
 
-def stopped(job: Job, keeper: Keeper, stop: StopRequest, done: int) -> EarlyEnd:
-    """How a run ends that was asked to stop. All ranks call it."""
+def stop_reasons(job: Job, stop: StopRequest) -> str:
+    """Why which ranks were asked to stop, empty if none was. All ranks call it."""
     reasons = of_all_ranks(stop.reason, job.rank)
-    asked = ", ".join(f"rank {index}: {reason}" for index, reason in enumerate(reasons) if reason)
-    return EarlyEnd(
-        f"stopped after step {done} of {job.steps} ({asked}); {keeper.newest}; continue with --resume or --auto-resume "
-        f"(exit code {EXIT_REQUEUE})",
-        EXIT_REQUEUE,
-    )
+    return ", ".join(f"rank {index}: {reason}" for index, reason in enumerate(reasons) if reason)

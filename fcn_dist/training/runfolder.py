@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -99,7 +99,7 @@ class Journal:
         `listeners` are told every line, those that are kept first.
         """
         self.path, self._listeners = run_dir / METRICS_NAME, listeners
-        kept = [(line, found) for line in self._lines() if (found := json.loads(line))["step"] <= first_step]
+        kept = [(line, found) for line, found in read_journal(run_dir) if found["step"] <= first_step]
         write_text(self.path, "".join(line for line, _ in kept))
         for _, found in kept:
             self._tell(found)
@@ -116,11 +116,29 @@ class Journal:
         for listener in self._listeners:
             listener(record)
 
-    def _lines(self) -> list[str]:
-        if not self.path.exists():
-            return []
-        # A kill can leave the last line without its end; that line is of a step after the checkpoint.
-        return [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+def read_journal(run_dir: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of metrics.jsonl, as they are and what they say; those that a crash has damaged are left out."""
+    path = run_dir / METRICS_NAME
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if (found := parse_line(line)) is not None:
+                yield line, found
+
+
+def parse_line(line: str) -> dict[str, Any] | None:
+    """What a line of the journal says; None if it is none: cut off by a kill, or not what was written."""
+    try:
+        found = json.loads(line) if line.endswith("\n") else None
+    except ValueError:
+        return None
+    if not isinstance(found, dict):
+        return None
+    event, step, seconds = (found.get(key) for key in ("event", "step", "time"))
+    whole = isinstance(event, str) and isinstance(step, int) and isinstance(seconds, (int, float))
+    return found if whole else None
 
 
 def _finite(value: Any) -> Any:

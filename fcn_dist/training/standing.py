@@ -14,7 +14,7 @@ class Standing:
     steps: int
     world_size: int
     first_step: int = 0
-    step: int = 0
+    step: int = field(init=False)  # the newest that is trained
     began: float = field(default_factory=time.time)
     figures: dict[str, Any] = field(default_factory=dict)  # of the newest event "train"
     losses: list[float] = field(default_factory=list)  # smoothed
@@ -25,12 +25,15 @@ class Standing:
     damaged: int = 0  # samples replaced
     _weight: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.step = self.first_step
+
     def hear(self, line: dict[str, Any]) -> None:
         """Take in a line of the journal; those of a run before its restart are told again."""
         step = line["step"]
         match line["event"]:
             case "train":
-                self.step, self.figures = step, line
+                self.figures = line
                 if line["loss"] is not None:
                     self._smooth(line["loss"])
             case "evaluate":

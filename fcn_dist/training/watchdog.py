@@ -160,11 +160,11 @@ class Watchdog:
         silent = {heard.beat.rank: describe(heard.beat.process) for heard in self._silent()}
         verdict = judge(beats, silent, self.rank.world_size)
         text = report(beats, verdict, self._idle, str(self._stuck_dir), self.rank.world_size)
-        print(text, file=sys.stderr, flush=True)
         try:
             (self._stuck_dir / REPORT_NAME).write_text(text + "\n")
         except OSError as error:
             self._warn(error)
+        print(text, file=sys.stderr, flush=True)
         self._end(own)
 
     def _end(self, own: Beat) -> NoReturn:
