@@ -62,6 +62,15 @@ def test_figures_and_rates_of_each_group_and_no_step_twice_after_a_restart(tmp_p
     assert '"command": "train.py"' in text
 
 
+def test_a_run_that_begins_anew_shows_no_step_twice(tmp_path: Path) -> None:
+    for losses in ({2: 3.0, 4: 2.0}, {2: 3.5}):
+        board = tensorboard(tmp_path, 0, {})
+        for step, loss in losses.items():
+            board.hear(line("train", step, loss=loss, learning_rate=0.5))
+        board.close()
+    assert scalars(read(tmp_path), "train/loss") == [(2, 3.5)]
+
+
 def test_histograms_are_those_of_the_journal(tmp_path: Path) -> None:
     told = describe(torch.tensor([0.0, 0.25, -0.3, 3.0]))
     board = tensorboard(tmp_path, 0, {})

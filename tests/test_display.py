@@ -135,6 +135,24 @@ def test_a_continued_journal_is_told_again_up_to_where_the_run_goes_on(tmp_path:
     assert [json.loads(line)["step"] for line in continued.path.read_text().splitlines()] == [2, 4]
 
 
+def test_lines_that_a_crash_has_damaged_do_not_keep_a_run_from_going_on(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, 0)
+    for step in (1, 2, 3):
+        journal.write("train", step, loss=1.0)
+    first, second, third = journal.path.read_bytes().splitlines(keepends=True)
+    damages = [b"\0" * 40 + second, b"\xff\xfe{}\n", b"[2]\n", b'{"event": "train", "step": null, "time": 1}\n']
+    journal.path.write_bytes(b"".join([first, *damages, third, third[:-5]]))
+    heard: list[int] = []
+    Journal(tmp_path, 3, [lambda line: heard.append(line["step"])])
+    assert heard == [1, 3] and journal.path.read_bytes() == first + third
+
+
+def test_a_loss_that_is_not_finite_is_not_shown_as_the_one_before() -> None:
+    standing = a_standing()
+    standing.hear(trained(40, None))
+    assert any("not finite; before, 1.9474 smoothed" in line for line in shown(summary(standing), 100))
+
+
 def test_library_logs_and_warnings_go_to_a_file_errors_to_the_screen_too_and_all_is_as_before(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -243,14 +243,38 @@ def test_runs_that_are_young_cut_or_without_figures_have_a_page_too(tmp_path: Pa
     assert "No look had a finite gradient" in text_of(tmp_path, "no look", looks).text
 
 
+def test_a_run_that_began_anew_is_told_from_one_that_was_continued(tmp_path: Path) -> None:
+    page = text_of(tmp_path, "anew", [start(0, 1), start(0, 1), trained(2), start(2, 1), trained(4)])
+    told = [page.text.find(words) for words in ("Begun on", "Begun anew on", "Continued after step 2 on")]
+    assert -1 < told[0] < told[1] < told[2] and "restarts" in page.text
+    assert "restarts" not in text_of(tmp_path, "no restart", [start(0, 1), start(0, 1), trained(2)]).text
+
+
+def test_a_chart_of_one_step_has_whole_steps_on_its_axis(tmp_path: Path) -> None:
+    page = text_of(tmp_path, "one step", [start(0, 1), trained(5)])
+    assert "4 5 6" in page.text and "4.8" not in page.text
+
+
+def test_runs_beyond_the_colours_are_dashed(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"run-{number}", [start(0, 1), trained(2), trained(4)]) for number in range(10)]
+    page = page_of(*runs)
+    entries = [attrs.get("class") or "" for tag, attrs in page.elements if tag == "span"]
+    lines = [entry for entry in entries if entry.startswith("line ")]
+    assert len(set(lines)) == 10 and [entry.endswith(" dashed") for entry in lines] == [False] * 8 + [True] * 2
+    assert (runs[0] / "comparison.html").read_text().count("stroke-dasharray") >= 2
+
+
 def test_a_last_line_that_is_cut_is_left_out_and_lines_that_are_none_are_counted(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     path = run / "metrics.jsonl"
     whole = read_run(run, "run")
     path.write_text(path.read_text() + json.dumps(trained(42))[:-9])
     assert read_run(run, "run").steps == 40 == whole.steps
-    path.write_text("not JSON\n[1, 2]\n" + path.read_text())
-    assert "lines that could not be read (2)" in page_of(run).text
+    path.write_text('not JSON\n[1, 2]\n{"event": "train", "step": 1, "time": null}\n' + path.read_text())
+    assert "lines that could not be read (3)" in page_of(run).text
+    evaluation = json.loads((run / "predictions" / "evaluation.json").read_text())
+    (run / "predictions" / "evaluation.json").write_text(json.dumps(evaluation | {"scenes": None}))
+    assert "No evaluation has left its classes" in page_of(run).text
     (run / "predictions" / "evaluation.json").write_text('{"step": 4')
     assert "No evaluation has left its classes" in page_of(run).text
 
