@@ -23,6 +23,8 @@ REMEDIES = {
     errno.EROFS: "choose a place that is not mounted for reading alone",
     errno.EACCES: "change its permissions, or choose another place",
     errno.EPERM: "change its permissions, or choose another place",
+    errno.EISDIR: "a folder stands where a file is needed; choose another place",
+    errno.EEXIST: "a file stands where a folder is needed; choose another place",
     errno.ENOTDIR: "a file stands where a folder is needed; choose another place",
     errno.ENAMETOOLONG: "choose a shorter name",
 }

@@ -34,6 +34,15 @@ def replacing(path: Path, flush: bool = True) -> Iterator[Path]:
         sync(path.parent)
 
 
+def check_place(path: Path) -> None:
+    """Raise UserError unless a file can be put at `path`: new, or in place of one. Devices and the like stay."""
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "no regular file"
+        raise UserError(f"{path} is {kind}; the name of a file is needed; choose another")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent} is no folder to write {path.name} into; create it, or choose another")
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """An OSError of the block that names no file is of `path`: a write to an open file does not say which."""

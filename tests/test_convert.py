@@ -3,6 +3,9 @@
 import errno
 import json
 import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,8 @@ from fcn_dist.deploy.convert import convert
 from fcn_dist.deploy.modelfile import read_model_file
 from fcn_dist.deploy.predict import Predictor
 from fcn_dist.errors import UserError
+
+ROOT = Path(__file__).parents[1]
 
 
 def assert_nothing_was_left(folder: Path) -> None:
@@ -149,6 +154,51 @@ def test_an_output_that_exists_is_refused_unless_told_to_overwrite(tmp_path: Pat
     with pytest.raises(UserError, match=r"model\.safetensors exists"):
         convert(tmp_path / "run", tmp_path / "model.safetensors")
     convert(tmp_path / "run", tmp_path / "model.safetensors", overwrite=True)
+
+
+def test_places_that_no_file_can_have_are_refused_before_any_work(tmp_path: Path) -> None:
+    save_run(tmp_path / "run")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "old.json").write_text("{}")
+    out = tmp_path / "model.safetensors"
+    for arguments, message in (
+        ([tmp_path / "pipe", "--overwrite"], "pipe is no regular file"),
+        ([tmp_path, "--overwrite"], "is a folder; the name of a file is needed"),
+        ([tmp_path / "nowhere" / "m.safetensors"], "is no folder to write m.safetensors into"),
+        ([out, "--json", out], "is to be the model file, and --json names it too"),
+        ([out, "--json", tmp_path / "old.json"], "old.json exists"),
+        ([out, "--json", tmp_path / "pipe", "--overwrite"], "pipe is no regular file"),
+        ([out, "--json", tmp_path / "nowhere" / "j.json"], "is no folder to write j.json into"),
+    ):
+        with pytest.raises(UserError, match=message):
+            command.main([str(tmp_path / "run"), *map(str, arguments)])
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "pipe", "old.json"} and (tmp_path / "pipe").is_fifo()
+
+
+HELD = """
+import signal, sys
+from fcn_dist.commands.entry import run_script
+from fcn_dist.deploy import convert
+
+def held(path, *_):
+    print(path.exists(), flush=True)
+    signal.pause()
+
+convert.compare = held
+sys.exit(run_script("convert"))
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt2"])
+def test_a_signal_leaves_nothing_behind(tmp_path: Path, name: str, signum: signal.Signals) -> None:
+    save_run(tmp_path / "run")
+    arguments = [sys.executable, "-c", HELD, str(tmp_path / "run"), str(tmp_path / name)]
+    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "True\n"
+        process.send_signal(signum)
+        assert process.wait(60) == -signum
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_the_command_says_which_newer_checkpoint_was_passed_over_and_why(

@@ -1,6 +1,8 @@
 """Graphs for other runtimes, loaded by those; the oracle is the network that the checkpoint was made of."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from fcn_dist.errors import UserError
 from fcn_dist.model.fcn import FCN
 
 onnxruntime = pytest.importorskip("onnxruntime")
+
+ROOT = Path(__file__).parents[1]
 
 
 def run_onnx(path: Path, image_NHW3: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
@@ -91,6 +95,28 @@ def test_torch_export_is_loaded_by_torch_alone_for_images_from_33_pixels(tmp_pat
     for size in ((1, 33, 40), (3, 64, 70), (1, 200, 161)):
         image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
         assert_same(graph(torch.from_numpy(image)), model, image)
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from fcn_dist.deploy import export
+from fcn_dist.deploy.modelfile import read_model_file
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+try:
+    export._write_pt2(*read_model_file(Path(sys.argv[1])), Path(sys.argv[2]))
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_without_room_for_a_graph_is_an_error_and_no_crash(tmp_path: Path) -> None:
+    save_run(tmp_path / "run")
+    assert run_script("convert", [str(tmp_path / "run"), str(tmp_path / "m.safetensors")]) == 0
+    command = [sys.executable, "-c", FULL, str(tmp_path / "m.safetensors"), str(tmp_path / "m.pt2")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "File too large\n"), done.stderr
 
 
 @pytest.mark.slow

@@ -46,6 +46,10 @@ def test_a_model_is_fetched_once_and_checked_each_time(served: tuple[Site, str],
 def test_another_file_is_refused_and_not_kept(served: tuple[Site, str], tmp_path: Path) -> None:
     site, digest = served
     other = hashlib.sha256(b"other").hexdigest()
+    for nothing in ("", "abc", digest[:-1], digest + "\n"):
+        for place in (site.url, str(Path(__file__))):
+            with pytest.raises(UserError, match="64 hexadecimal digits are needed"):
+                Predictor.from_file(place, "cpu", sha256=nothing)
     with pytest.raises(UserError, match=rf"has SHA-256 {digest}, and {other} is needed"):
         local_copy(f"{site.url}#sha256={other}")
     assert cached(tmp_path) == []

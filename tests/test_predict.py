@@ -1,5 +1,6 @@
 """Labels and scores from Python, and the files that the command writes."""
 
+import io
 import json
 import os
 import shutil
@@ -356,7 +357,8 @@ def test_a_file_with_a_wildcard_in_its_name_is_a_file(model: Path, images: Path,
 
 
 def test_an_image_that_several_inputs_name_is_labelled_once(model: Path, images: Path, tmp_path: Path) -> None:
-    run(model, images, images / "*.jpg", images / "one.jpg", "--output", tmp_path / "out")
+    again = [images / "*.jpg", images / "one.jpg", images / "sub" / ".." / "one.jpg"]
+    run(model, images, *again, "--output", tmp_path / "out")
     assert len(lines_of(tmp_path / "out")) == 2
 
 
@@ -419,6 +421,103 @@ def test_what_was_labelled_before_a_kill_has_whole_lines(model: Path, images: Pa
     assert len(lines) == 29
     for figures in lines.values():
         assert all(Path(path).is_file() for path in figures["outputs"])
+
+
+@pytest.mark.parametrize("how", ["hardlink_to", "symlink_to"])
+def test_an_input_that_is_also_the_record_is_never_overwritten(
+    model: Path, images: Path, tmp_path: Path, how: str
+) -> None:
+    before = (images / "one.jpg").read_bytes()
+    out = tmp_path / "out"
+    out.mkdir()
+    getattr(out / "predictions.jsonl", how)(images / "one.jpg")
+    try:
+        run(model, images, "--output", out, "--overwrite")
+    except UserError as error:
+        assert how == "symlink_to" and "is to be read, and would be overwritten" in str(error)
+    assert (images / "one.jpg").read_bytes() == before
+
+
+@pytest.mark.parametrize("place", ["images/one.jpg", "model", "out/one.png", "out/predictions.jsonl"])
+def test_figures_are_not_written_over_what_is_read_or_written(
+    model: Path, images: Path, tmp_path: Path, place: str
+) -> None:
+    path = model if place == "model" else tmp_path / place
+    before = path.read_bytes() if path.exists() else b""
+    with pytest.raises(UserError, match=r"would be overwritten|would both be written"):
+        run(model, images, "--output", tmp_path / "out", "--json", path, "--overwrite")
+    assert not (tmp_path / "out").exists() and (not before or path.read_bytes() == before)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("nowhere/all.json", "is no folder to write all.json into"),
+        ("images", "is a folder; the name of a file is needed"),
+        ("pipe", "is no regular file"),
+        ("old.json", "exist already"),
+    ],
+)
+def test_figures_that_cannot_be_written_are_refused_before_any_work(
+    model: Path, images: Path, tmp_path: Path, place: str, message: str
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "old.json").write_text("{}")
+    with pytest.raises(UserError, match=message):
+        run(model, images, "--output", tmp_path / "out", "--json", tmp_path / place)
+    assert not (tmp_path / "out").exists() and (tmp_path / "pipe").is_fifo()
+
+
+def test_places_that_no_output_can_have_are_refused_before_any_work(model: Path, images: Path, tmp_path: Path) -> None:
+    (images / "one.png").mkdir()
+    Image.fromarray(pixels(8, 8)).save(images / "one.png" / "within.jpg")
+    with pytest.raises(UserError, match=r"one\.jpg would be written to .*one\.png, where .*within\.jpg needs a folder"):
+        run(model, images, "--output", tmp_path / "out")
+    (tmp_path / "other" / "one.png").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"other/one\.png is a folder; the name of a file is needed"):
+        run(model, images / "one.jpg", "--output", tmp_path / "other", "--overwrite")
+    with pytest.raises(UserError, match="name is empty"):
+        run(model, "", "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_line_that_the_disk_has_no_room_for_is_taken_back(predictor: Predictor, tmp_path: Path) -> None:
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            return super().write(data[:7])
+
+    with (tmp_path / "record").open("wb", buffering=0) as record:
+        record.write(b"{}\n")
+    with Full(tmp_path / "record", "ab") as full, pytest.raises(OSError, match="No space left") as raised:
+        command.Labelling(predictor, full)._failed(imagefiles.Job(tmp_path, tmp_path, tmp_path), "why")
+    assert raised.value.filename == str(tmp_path / "record")
+    assert (tmp_path / "record").read_text() == "{}\n"
+
+
+def test_memory_that_runs_out_on_a_cpu_costs_one_image_alone(model: Path, images: Path, tmp_path: Path) -> None:
+    def predict_many(self: Predictor, photos: list[Any]) -> list[Any]:
+        if photos[0].shape[1] == 60:
+            torch.empty(1 << 50)
+        return [np.ones(photo.shape[:2], np.uint8) for photo in photos]
+
+    with (
+        patch.object(Predictor, "predict_many", predict_many),
+        pytest.raises(UserError, match=r"1 of 2 images .*memory"),
+    ):
+        run(model, images, "--output", tmp_path / "out")
+    assert "error" in lines_of(tmp_path / "out")["one.jpg"] and "classes" in lines_of(tmp_path / "out")["two.a.b.PNG"]
+
+
+def test_thin_images_count_as_the_cells_that_they_need(tmp_path: Path) -> None:
+    Image.fromarray(pixels(1, 1000)).save(tmp_path / "thin.png")
+    assert read_rgb(tmp_path / "thin.png", max_pixels=32_000).shape == (1, 1000, 3)
+    with pytest.raises(UserError, match=r"is 1000x1; at most 31,999 pixels \(32 at least count on each side\)"):
+        read_rgb(tmp_path / "thin.png", max_pixels=31_999)
+    with pytest.raises(UserError, match="at most 0 pixels"):
+        read_rgb(tmp_path / "thin.png", max_pixels=0)
+    Image.fromarray(pixels(1, 1_000_001)).save(tmp_path / "long.png")
+    with pytest.raises(UserError, match="sides of at most 1,000,000 are needed"):
+        read_rgb(tmp_path / "long.png")
 
 
 def test_outputs_that_exist_are_refused_unless_told_to_overwrite(model: Path, images: Path, tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_every_folder_of_the_package_is_a_room() -> None:
 
 
 # No command itself, but what several of them need.
-COMMANDS_SHARE = {"fcn_dist.commands.names", "fcn_dist.commands.ranks", "fcn_dist.commands.views"}
+COMMANDS_SHARE = {f"fcn_dist.commands.{name}" for name in ("names", "ranks", "termination", "views")}
 
 
 def test_commands_are_imported_by_scripts_alone() -> None:

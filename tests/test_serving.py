@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -30,8 +31,8 @@ from fcn_dist.commands.entry import run_script
 from fcn_dist.deploy.imagefiles import read_rgb
 from fcn_dist.deploy.modelfile import write_model_file
 from fcn_dist.deploy.predict import Predictor
+from fcn_dist.model.devices import out_of_memory
 from fcn_dist.serving.answers import preferred
-from fcn_dist.serving.app import out_of_memory
 from fcn_dist.serving.limits import Limits
 from fcn_dist.serving.uploads import read_upload
 
@@ -170,6 +171,7 @@ FORM_HEADERS = form(b"")[1]
         # A program of another kind of file is never run.
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", {}, 422, "of no known kind"),
         (LARGE, {}, 413, "the image is 300x300; at most 40,000 pixels"),
+        (encoded(patches(1, 1300)), {}, 413, "the image is 1300x1; at most 40,000 pixels (32 at least count"),
         (LARGE[:60], {}, 413, "the image is 300x300"),  # its header tells, and nothing is decoded
         (b"{}", {"Content-Type": "application/json"}, 415, "the body is application/json; an image as the body"),
         (PNG, {"Content-Type": "application/x-www-form-urlencoded"}, 415, "x-www-form-urlencoded"),
@@ -177,8 +179,8 @@ FORM_HEADERS = form(b"")[1]
         (form(PNG)[0][:-9], FORM_HEADERS, 400, "ends too early"),
         (PNG, {"Content-Type": "multipart/form-data"}, 400, "names no boundary"),
         (PNG, {"Content-Type": f"multipart/form-data; boundary={'x' * 300}"}, 400, "the form cannot be read"),
-        (b"--the boundary--\r\n", FORM_HEADERS, 400, "the form has 0 files"),
-        (form(PNG)[0][:-18] + form(PNG)[0], FORM_HEADERS, 400, "the form has 2 files"),
+        (b"--the boundary--\r\n", FORM_HEADERS, 400, "the form has no file"),
+        (form(PNG)[0][:-18] + form(PNG)[0], FORM_HEADERS, 400, "the form has several files"),
         (bytes(MAX_BYTES + 1), {}, 413, "at most 1 MB"),
     ],
     ids=lambda value: None if isinstance(value, bytes) else value if isinstance(value, str) else "",
@@ -258,7 +260,13 @@ def test_names_and_pages_of_other_sites_are_refused(server: Served) -> None:
     ]:
         assert server.ask("GET", "/model", headers={"Host": host}).status == status, host
     own = f"http://127.0.0.1:{server.port}"
-    for origin, status in [("http://evil.example", 403), ("null", 403), ("http://127.0.0.1:1", 403), (own, 200)]:
+    for origin, status in [
+        ("http://evil.example", 403),
+        ("null", 403),
+        ("http://127.0.0.1:1", 403),
+        ("http://[", 403),
+        (own, 200),
+    ]:
         assert server.ask("POST", "/predict", PNG, {"Origin": origin}).status == status, origin
 
 
@@ -318,8 +326,16 @@ def test_a_port_in_use_is_told_before_the_model_is_read(tmp_path: Path, capsys: 
         assert run_script("serve", [str(tmp_path / "none.safetensors"), "--port", str(port)]) == 2
     message = capsys.readouterr().err
     assert f"error: 127.0.0.1, port {port}, cannot be listened at (Address already in use" in message
-    for options in (["--port", "70000"], ["--host", "nowhere.invalid"]):
+    for options in (
+        ["--port", "70000"],
+        ["--port", "-1"],
+        ["--host", "nowhere.invalid"],
+        ["--max-pixels", "0"],
+        ["--requests", "-1"],
+    ):
         assert run_script("serve", [str(tmp_path / "none.safetensors"), *options]) == 2
+        message = capsys.readouterr().err
+        assert "none.safetensors" not in message and options[1] in message
     assert run_script("serve", [str(tmp_path / "none.safetensors"), "--port", "0"]) == 2
     assert "none.safetensors" in capsys.readouterr().err
 
@@ -372,6 +388,32 @@ from fcn_dist.deploy.predict import Predictor
 Predictor.predict = lambda self, image: print("predicting", flush=True) or threading.Event().wait()
 sys.exit(run_script("serve"))
 """
+
+
+IMPATIENT = """
+import sys
+from fcn_dist.commands.entry import run_script
+from fcn_dist.serving import server
+server.PATIENCE_SECONDS = 0.3
+sys.exit(run_script("serve"))
+"""
+
+
+def test_a_connection_without_a_request_is_closed_after_a_while_and_a_slow_upload_is_not(
+    model: Path, tmp_path: Path
+) -> None:
+    with running(model, folder=tmp_path, program=("-c", IMPATIENT)) as server, ExitStack() as opened:
+        idle = [
+            opened.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=60)) for _ in range(300)
+        ]
+        idle[0].sendall(b"GET /health HTTP/1.1\r\nHost: loc")
+        slow = opened.enter_context(server.begin(PNG[:-9], length=len(PNG)))
+        assert all(client.recv(1000) == b"" for client in idle)
+        slow.sendall(PNG[-9:])
+        assert answer_on(slow).status == 200
+        assert server.ask("GET", "/health").status == 200
+        slow.sendall(b"GET /health HTTP/1.1\r\nHost: loc")  # on the same connection, and then no more
+        assert slow.recv(1000) == b""
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ DeepSpeed's files, as a run writes them, name three classes of its own. Each is 
 not even DeepSpeed's code runs (nor is it imported), and whatever else a file names is refused before it is read.
 """
 
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,9 @@ def load_content(path: Path) -> Any:
                     "checkpoint holds tensors and plain values; restore the file from a copy you trust"
                 )
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except (RuntimeError, ValueError, TypeError, KeyError, EOFError, OSError, pickle.UnpicklingError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # a damaged file makes the reader trip over anything
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise Unreadable(
                 f"{path} cannot be read ({reason}); a file as DeepSpeed saved it is needed; restore it from a copy, "

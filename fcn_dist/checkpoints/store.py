@@ -97,9 +97,7 @@ def open_checkpoint(run_dir: Path, step: int | None = None) -> tuple[Checkpoint,
 
 
 def newest(run_dir: Path, step: int | None, read: Callable[[Path], Found]) -> tuple[Found, list[Damage]]:
-    """What `read` finds in the newest checkpoint that it raises neither OSError, KeyError, TypeError nor ValueError
-    for, or in that of `step`, and the newer ones passed over.
-    """
+    """What `read` finds in the newest checkpoint, or in that of `step`, and the newer ones passed over as damaged."""
     if not run_dir.is_dir():
         raise UserError(f"no run folder {run_dir}; give the folder that launch/train.py wrote with --output")
     folders = committed(run_dir)
@@ -112,7 +110,7 @@ def newest(run_dir: Path, step: int | None, read: Callable[[Path], Found]) -> tu
     for folder in folders:
         try:
             return read(folder), damages
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             damages.append(Damage(folder, str(error)))
     if not damages:
         raise UserError(f"{run_dir} has no checkpoint yet; train with checkpoint.every, or to the last step")

@@ -4,17 +4,19 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from fcn_dist.checkpoints.consolidate import WEIGHTS
+from fcn_dist.commands.termination import unwound_by_sigterm
 from fcn_dist.console import console
 from fcn_dist.data.scenes.class_info import read_names
 from fcn_dist.deploy import pytorch_fcn
 from fcn_dist.deploy.card import card_lines
 from fcn_dist.deploy.convert import DTYPES, Conversion, convert
 from fcn_dist.deploy.export import SIZES, export
-from fcn_dist.deploy.modelfile import GRAPHS, read_model_file
+from fcn_dist.deploy.modelfile import GRAPHS, check_new, read_model_file
 from fcn_dist.deploy.pictures import short_name
 from fcn_dist.deploy.proof import Agreement
 from fcn_dist.errors import UserError, counted, named
@@ -32,6 +34,7 @@ SHOWN = {
 }
 
 
+@unwound_by_sigterm()
 def main(argv: list[str]) -> None:
     """Convert as the arguments say, and print what the new file was compared with."""
     parser = build_parser()
@@ -42,6 +45,10 @@ def main(argv: list[str]) -> None:
     if options.out is None:
         parser.error("a file to write is needed, such as model.safetensors")
     form = _form(options)
+    if options.json:
+        check_new(options.json, options.overwrite)
+        if options.json.resolve() == options.out.resolve():
+            raise UserError(f"{options.out} is to be the model file, and --json names it too; choose another --json")
     if options.origin:
         _convert_weights(options, form)
         return
@@ -67,7 +74,7 @@ def main(argv: list[str]) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser("convert", description="Turn a run's checkpoint into one model file.")
+    parser = argparse.ArgumentParser(description="Turn a run's checkpoint into one model file.")
     add = parser.add_argument
     add(
         "run",
@@ -118,7 +125,7 @@ def _show(path: Path) -> None:
         ),
         ("classes", ", ".join(short_name(name) for name in description.classes)),
         ("outputs", f"{model.num_outputs}: labels {0 if description.score_other else 1} to {len(description.classes)}"),
-        *(card_lines(info.source["card"]) if "card" in info.source else []),
+        *_card(info.source),
         *(
             (SHOWN.get(key, key), str(value))
             for key, value in info.source.items()
@@ -130,6 +137,13 @@ def _show(path: Path) -> None:
     for name, text in rows:
         table.add_row(name, text)
     console.print(table)
+
+
+def _card(source: dict[str, Any]) -> list[tuple[str, str]]:
+    try:
+        return card_lines(source["card"]) if "card" in source else []
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return [("card", "cannot be read")]
 
 
 def _rounded(values: Sequence[float]) -> str:

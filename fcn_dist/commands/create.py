@@ -51,7 +51,6 @@ def _parse_part(text: str) -> Part:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        "create",
         description="Pack a folder of scenes into WebDataset shards. A run that was interrupted goes on where it was "
         "if the same command is given again.",
     )

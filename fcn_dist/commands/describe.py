@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser("describe", description="Print what a shard set holds.")
+    parser = argparse.ArgumentParser(description="Print what a shard set holds.")
     parser.add_argument("out", type=Path, help="folder that create has written, or one split of it")
     parser.add_argument("--top", type=int, default=20, metavar="N", help="classes to list (default: %(default)s)")
     parser.add_argument("--sheet", type=Path, metavar="PATH", help="draw samples with their labels into this PNG")

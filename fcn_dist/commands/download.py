@@ -22,7 +22,6 @@ def main(argv: list[str]) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        "download",
         description="Fetch a zipped scenes folder, check it, and unpack it. A download that ends early goes on from "
         "there when it is started again; one that is done is left as it is.",
     )

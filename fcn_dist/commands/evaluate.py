@@ -24,7 +24,7 @@ from fcn_dist.deploy.confusion import draw_confusion
 from fcn_dist.deploy.modelfile import read_model_file
 from fcn_dist.deploy.pictures import Row, sheet, write_png
 from fcn_dist.errors import UserError
-from fcn_dist.files import write_text
+from fcn_dist.files import check_place, write_text
 from fcn_dist.model.devices import keep_freed_memory
 from fcn_dist.model.fcn import FCN, torch_dtype
 from fcn_dist.model.inference import for_inference
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, help="run folder; its newest whole checkpoint is scored")
     source.add_argument("--model", type=Path, help="model file written by launch/convert.py")
@@ -115,10 +115,7 @@ def _checked(options: argparse.Namespace) -> Views:
                 "is needed; rename it"
             )
     for path in filter(None, (options.json, *options.confusion, options.sheet)):
-        if not path.parent.is_dir():
-            raise UserError(
-                f"{path} cannot be written: there is no folder {path.parent}; make it, or give another path"
-            )
+        check_place(path)
     return views_of(options)
 
 

@@ -24,7 +24,6 @@ def main(argv: list[str]) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        "merge",
         description="Join the parts that `create --part I/N` has packed: check that all are there, and write the index "
         "that one machine would have written.",
     )

@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="plan.py", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", type=Path, help="YAML, or a name of launch/recipes: camvid")
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="of the whole job")
     parser.add_argument("--gpu-memory", required=True, metavar="SIZE", help="of each, such as 12GB or 80GiB")

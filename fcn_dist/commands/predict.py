@@ -1,28 +1,30 @@
 """`predict`: a model file and images in; label maps, overlays and figures out."""
 
 import argparse
+import errno
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from rich.table import Table
 
+from fcn_dist.commands.termination import unwound_by_sigterm
 from fcn_dist.commands.views import add_views, views_of
 from fcn_dist.console import console
 from fcn_dist.deploy.colours import distinct
-from fcn_dist.deploy.imagefiles import RECORD_NAME, Job, plan, read_rgb
+from fcn_dist.deploy.imagefiles import RECORD_NAME, Job, Outputs, plan, read_rgb
 from fcn_dist.deploy.pictures import picture_with_legend, short_name, write_png
 from fcn_dist.deploy.predict import AUTO, PRECISIONS, Predictor, classes_found
 from fcn_dist.errors import UserError, counted, named
 from fcn_dist.files import naming, replacing, write_text
-from fcn_dist.model.devices import keep_freed_memory
+from fcn_dist.model.devices import keep_freed_memory, out_of_memory
 from fcn_dist.progress import count_progress
 
 SHOWN_CLASSES = 10
@@ -80,10 +82,12 @@ class Labelling:
                 found = [self._predictor.predict_with_confidence(image) for image in images]
             else:
                 found = [(labels, None) for labels in self._predictor.predict_many(images)]
-        except torch.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
             for job, _ in together:
                 reason = f"{job.image} does not fit the memory of {self._predictor.device}"
-                self._failed(job, f"{reason}; give --window, shrink it, or take --device cpu")
+                self._failed(job, f"{reason}; give --window, shrink it, or take another --device")
             return
         for (job, image), (labels, confidence) in zip(together, found, strict=True):
             self._write(job, image, labels, confidence)
@@ -115,19 +119,26 @@ class Labelling:
 
     def _append(self, figures: Record) -> None:
         # In one call to the system: whoever is killed has written a line or none of it.
+        line = (json.dumps(figures) + "\n").encode()
         with naming(Path(self._record.name)):
-            self._record.write((json.dumps(figures) + "\n").encode())
+            begin = self._record.tell()
+            if self._record.write(line) < len(line):  # the disk has no room for the rest
+                self._record.truncate(begin)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@unwound_by_sigterm()
 def main(argv: list[str]) -> None:
     """Label the images as the arguments say, and print which classes were found."""
     options = build_parser().parse_args(argv)
     keep_freed_memory()
-    jobs = plan(options.inputs, options.output, options.overwrite, options.confidence)
+    outputs = Outputs(options.output, options.overwrite, options.confidence, options.json, (Path(options.model),))
+    jobs = plan(options.inputs, outputs)
     views = views_of(options)
     predictor = Predictor.from_file(options.model, options.device, options.precision, views, options.sha256)
     options.output.mkdir(parents=True, exist_ok=True)
-    with (options.output / RECORD_NAME).open("wb", buffering=0) as record, count_progress() as progress:
+    outputs.record.unlink(missing_ok=True)  # it may have another name elsewhere, whose file stays as it is
+    with outputs.record.open("xb", buffering=0) as record, count_progress() as progress:
         labelling = Labelling(predictor, record)
         for job in progress.track(jobs, description="labelling"):
             labelling.add(job)
@@ -152,7 +163,6 @@ def main(argv: list[str]) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        "predict",
         description="Label images with a model file. Writes for each image NAME.png (labels, 8-bit gray) and "
         f"NAME_overlay.png (for people), and one {RECORD_NAME} with a line an image: classes and pixels, or why not.",
     )

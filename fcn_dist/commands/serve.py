@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser("serve", description="Label images on a local page, or for scripts over HTTP.")
+    parser = argparse.ArgumentParser(description="Label images on a local page, or for scripts over HTTP.")
     add = parser.add_argument
     add("model", type=Path, help="model file, as launch/convert.py wrote it")
     add(

@@ -21,9 +21,7 @@ def main(argv: list[str]) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        "synthesize", description="Render synthetic scenes in the layout of ADEChallengeData2016."
-    )
+    parser = argparse.ArgumentParser(description="Render synthetic scenes in the layout of ADEChallengeData2016.")
     add = parser.add_argument
     add("out", type=Path, help="folder to write; new or empty")
     add("--training", type=int, default=96, metavar="N", help="training scenes (default: %(default)s)")

@@ -34,7 +34,7 @@ def run_config(argv: list[str]) -> RunConfig:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shards", required=True, help="folder written by shards/create.py, or its URL")
     parser.add_argument("--output", type=Path, required=True, help="run folder, made by this command")
     parser.add_argument("--recipe", type=Path, help="YAML, or a name of launch/recipes: camvid")

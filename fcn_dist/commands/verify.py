@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser("verify", description="Check shard sets against their index.")
+    parser = argparse.ArgumentParser(description="Check shard sets against their index.")
     parser.add_argument("out", type=Path, help="folder that create has written, or one split of it")
     parser.add_argument("--deep", action="store_true", help="also decode every sample and recount its pixels")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")

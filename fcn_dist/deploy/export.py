@@ -7,6 +7,7 @@ file's metadata: in ONNX the metadata property `fcn_dist`, in .pt2 the extra fil
 Shapes: N images, C outputs, H x W pixels.
 """
 
+import io
 import json
 import logging
 import tempfile
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,7 +153,7 @@ def _write_pt2(model: FCN, info: ModelFileInfo, path: Path) -> Run:
             (torch.zeros(*EXAMPLE, 3, dtype=torch.uint8),),
             dynamic_shapes={"image": dynamic},
         )
-        with path.open("wb") as file:
+        with _Patient(path.open("wb", buffering=0)) as file:
             torch.export.save(program, file, extra_files={METADATA_KEY: metadata_text(info)})
         extra = {METADATA_KEY: ""}
         with path.open("rb") as written:
@@ -163,6 +165,36 @@ def _write_pt2(model: FCN, info: ModelFileInfo, path: Path) -> Run:
         return labels, scores
 
     return graph
+
+
+class _Patient(io.BufferedWriter):
+    """A file that fails when it is closed, and not before: torch's writer would abort the process."""
+
+    _failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """All of it, or nothing more."""
+        if self._failure is None:
+            try:
+                super().write(data)
+            except OSError as error:
+                self._failure = error
+        return len(data)
+
+    def flush(self) -> None:
+        """As far as it goes."""
+        if self._failure is None:
+            try:
+                super().flush()
+            except OSError as error:
+                self._failure = error
+
+    def __exit__(self, *_: object) -> None:
+        """Raises OSError if not all has been written."""
+        self.flush()
+        self.raw.close()
+        if self._failure:
+            raise self._failure
 
 
 @contextmanager

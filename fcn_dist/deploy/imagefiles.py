@@ -13,10 +13,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fcn_dist.errors import UserError, named
+from fcn_dist.files import check_place
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 # Below Pillow's own warning at 89 megapixels; a network at full width needs about 700 bytes a pixel.
 MAX_PIXELS = 64_000_000
+CELL = 32  # pixels: the network makes a whole cell of less, which takes as much memory
+LONGEST = 1_000_000  # pixels of a side, as PNG has it in practice
 RECORD_NAME = "predictions.jsonl"  # a line an image
 
 
@@ -35,44 +38,73 @@ class Job:
         return tuple(path for path in (self.labels, self.overlay, self.confidence) if path)
 
 
-def plan(inputs: Sequence[str], output_dir: Path, overwrite: bool = False, confidence: bool = False) -> list[Job]:
+@dataclass(frozen=True)
+class Outputs:
+    """What a command is to write: for each image under `folder`, and figures of all of them."""
+
+    folder: Path
+    overwrite: bool = False
+    confidence: bool = False
+    summary: Path | None = None
+    kept: tuple[Path, ...] = ()  # files besides the images that are not to be written to
+
+    @property
+    def record(self) -> Path:
+        """A line an image."""
+        return self.folder / RECORD_NAME
+
+
+def plan(inputs: Sequence[str], outputs: Outputs) -> list[Job]:
     """A job for each image given, found in a folder, or matching a pattern, at its place in the folder.
 
     A pattern's folder is the part before its first wildcard. An image that several inputs name has one job.
 
     Raises UserError, before anything is written, if there are none, if two would write the same file, if one would
-    overwrite an image, or, unless `overwrite`, if an output exists.
+    overwrite an image or what is to be kept, if no file can be put there, or, unless `overwrite`, if an output exists.
     """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"{output_dir} is a file; a folder to write to is needed; choose another --output")
-    found = {(image, output_dir / stem): None for given in inputs for image, stem in _images(given, output_dir)}
-    jobs = [_job(image, base, confidence) for image, base in found]
-    owners: dict[Path, Path] = {}
-    images = {job.image.resolve() for job in jobs}
-    record = output_dir / RECORD_NAME
-    existing = [str(record)] if record.exists() else []
+    folder = outputs.folder
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; a folder to write to is needed; choose another --output")
+    found = {(image.resolve(), folder / stem): image for given in inputs for image, stem in _images(given, folder)}
+    jobs = [_job(image, base, outputs.confidence) for (_, base), image in found.items()]
+    owners: dict[Path, str] = {outputs.record: "the lines of all images"}
+    if outputs.summary:
+        _claim(outputs.summary, "--json", owners)
     for job in jobs:
         for output in job.outputs:
-            if output in owners:
+            _claim(output, str(job.image), owners)
+    kept = {path.resolve() for path in (*(job.image for job in jobs), *outputs.kept)}
+    for output in owners:
+        if output.resolve() in kept:
+            raise UserError(f"{output} is to be read, and would be overwritten; choose another --output or --json")
+        for parent in output.parents:
+            if parent in owners:
                 raise UserError(
-                    f"{owners[output]} and {job.image} would both be written to {output}; different names are needed; "
-                    "rename one, or give them different output folders in two runs"
+                    f"{owners[parent]} would be written to {parent}, where {owners[output]} needs a folder; rename "
+                    "one, or give them different output folders in two runs"
                 )
-            owners[output] = job.image
-            if output.resolve() in images:
-                raise UserError(
-                    f"{output} is an image to be labelled, and would be overwritten; choose another --output"
-                )
-            if output.exists():
-                existing.append(str(output))
-    if existing and not overwrite:
+        if output == outputs.summary or output.exists():
+            check_place(output)
+    existing = [str(output) for output in owners if output.exists()]
+    if existing and not outputs.overwrite:
         raise UserError(f"{named(existing)} exist already; choose another --output, or give --overwrite")
     return jobs
+
+
+def _claim(output: Path, owner: str, owners: dict[Path, str]) -> None:
+    if output in owners:
+        raise UserError(
+            f"{owners[output]} and {owner} would both be written to {output}; different names are needed; rename one, "
+            "or give them different output folders in two runs"
+        )
+    owners[output] = owner
 
 
 def _images(given: str, output_dir: Path) -> Iterator[tuple[Path, Path]]:
     """Images and their names without suffix, relative to the folder they were found in."""
     path = Path(given)
+    if not given:
+        raise UserError("an image's name is empty; give images, folders with images, or patterns in quotes")
     if path.is_file():
         yield path, Path(path.stem)
         return
@@ -145,15 +177,20 @@ def read_rgb(
     Errors call an open file `name`. Of `kinds` alone, in Pillow's terms, or of any that Pillow reads. Raises
     TooManyPixels above `max_pixels` (by default MAX_PIXELS), and UserError if it is no whole image.
     """
-    name, most = name or str(source), max_pixels or MAX_PIXELS
+    name, most = name or str(source), MAX_PIXELS if max_pixels is None else max_pixels
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(source, formats=kinds) as image:
                 width, height = image.size
                 # The header tells the size; decoding what is too large could exhaust the memory.
-                if width * height > most:
-                    raise TooManyPixels(f"{name} is {width}x{height}; at most {most:,} pixels are needed; shrink it")
+                if max(width, CELL) * max(height, CELL) > most:
+                    counted = f" ({CELL} at least count on each side)" if min(width, height) < CELL else ""
+                    raise TooManyPixels(
+                        f"{name} is {width}x{height}; at most {most:,} pixels{counted} are needed; shrink it"
+                    )
+                if max(width, height) > LONGEST:
+                    raise TooManyPixels(f"{name} is {width}x{height}; sides of at most {LONGEST:,} are needed; cut it")
                 upright = ImageOps.exif_transpose(image)
                 return np.array(_eight_bits(upright).convert("RGB"))
     except UserError:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fcn_dist.errors import UserError, named
+from fcn_dist.files import check_place
 from fcn_dist.model.description import ModelDescription
 from fcn_dist.model.fcn import FCN, torch_dtype
 
@@ -56,10 +57,9 @@ def _text(description: ModelDescription, source: Mapping[str, Any]) -> str:
 
 def check_new(out: Path, overwrite: bool) -> None:
     """Raise UserError unless a model file can be written to `out`: a new one, or in place of a file if `overwrite`."""
-    if out.is_dir() or (out.exists() and not overwrite):
-        raise UserError(f"{out} exists; a new file is needed; choose another name, or give --overwrite for a file")
-    if not out.parent.is_dir():
-        raise UserError(f"{out.parent} is no folder to write {out.name} into; create it, or choose another")
+    if out.is_file() and not overwrite:
+        raise UserError(f"{out} exists; a new file is needed; choose another name, or give --overwrite")
+    check_place(out)
 
 
 def write_model_file(

@@ -9,6 +9,7 @@ from fcn_dist.errors import UserError
 from fcn_dist.files import default_cache_dir, replacing, sha256
 
 SCHEMES = ("https", "http", "s3", "gs")  # and no other: fsspec also knows some that wrap others or run commands
+DIGEST = re.compile("[0-9a-fA-F]{64}")
 HASH = re.compile(r"sha256=([0-9a-fA-F]{64})")
 
 
@@ -19,6 +20,8 @@ def local_copy(location: str | Path, digest: str | None = None) -> Path:
     may have it. Raises UserError without it, if the file does not have it, or if the URL cannot be fetched.
     """
     text = os.fspath(location)
+    if digest is not None and not DIGEST.fullmatch(digest):
+        raise UserError(f"the SHA-256 that {shown_url(text)} must have is {digest!r}; 64 hexadecimal digits are needed")
     if not re.match(r"[A-Za-z][A-Za-z0-9+._-]*:", text) or Path(text).exists():
         if digest and Path(text).is_file() and (found := sha256(Path(text))) != digest.lower():
             raise UserError(f"{text} has SHA-256 {found}, and {digest} is needed; get the file again")
@@ -32,9 +35,9 @@ def local_copy(location: str | Path, digest: str | None = None) -> Path:
     if fragment and not stated:
         raise UserError(f"{shown} ends in #{fragment}; #sha256= and 64 hexadecimal digits are needed")
     wanted = (stated[1] if stated else digest or "").lower()
-    if not re.fullmatch("[0-9a-f]{64}", wanted):
+    if not wanted:
         raise UserError(
-            f"the SHA-256 of {shown} is {wanted or 'not stated'}; a file from elsewhere is taken only if it is the one "
+            f"the SHA-256 of {shown} is not stated; a file from elsewhere is taken only if it is the one "
             "that was meant; add #sha256= and its 64 hexadecimal digits to the address, or give --sha256"
         )
     if digest and digest.lower() != wanted:

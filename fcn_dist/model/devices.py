@@ -69,3 +69,8 @@ def keep_freed_memory() -> None:
         m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
         libc.mallopt(m_mmap_threshold, (1 << 31) - 1)  # the largest int: DeepSpeed's buckets have 2 GB
         libc.mallopt(m_trim_threshold, -1)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether that is what `error` says; on a CPU torch has no type of its own for it."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

@@ -6,7 +6,6 @@ from concurrent.futures import Executor
 from importlib.resources import files
 from typing import Annotated, Any, Literal
 
-import torch
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -16,6 +15,7 @@ import fcn_dist
 from fcn_dist.deploy.imagefiles import TooManyPixels, read_rgb
 from fcn_dist.deploy.predict import Predictor
 from fcn_dist.errors import UserError
+from fcn_dist.model.devices import out_of_memory
 from fcn_dist.serving.answers import FORMATS, KINDS, figures, label_png, model_card, preferred
 from fcn_dist.serving.guard import Lingering, OwnSite, SecurityHeaders
 from fcn_dist.serving.limits import Limits, Turns
@@ -163,8 +163,3 @@ class Labelling:
         if format == "png":
             return Response(label_png(labels), media_type=FORMATS[format])
         return JSONResponse(figures(upload.name, labels, self._predictor))
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether that is what `error` says; on a CPU torch has no type of its own for it."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

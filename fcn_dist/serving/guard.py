@@ -57,10 +57,18 @@ class OwnSite:
         if self._hosts is not None and _name(host) not in self._hosts:
             message = f"this server answers to {', '.join(sorted(self._hosts))} alone, not to {host!r}; --host opens it"
             return await JSONResponse({"detail": message}, 421)(scope, receive, send)
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _netloc(origin) != host:
             message = f"a page of {origin} asked; only this server's own page and scripts may"
             return await JSONResponse({"detail": message}, 403)(scope, receive, send)
         return await self._app(scope, receive, send)
+
+
+def _netloc(origin: str) -> str | None:
+    """Of an Origin header; None if it is none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def _name(host: str) -> str | None:

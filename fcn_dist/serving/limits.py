@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 from fastapi import HTTPException
 
+from fcn_dist.errors import UserError
+
 Answer = TypeVar("Answer")
 
 
@@ -21,6 +23,13 @@ class Limits:
     max_pixels: int = 16_000_000  # of one image; a network at full width needs about 700 bytes a pixel
     requests: int = 16  # that wait or are worked on, each with its upload in memory
     upload_seconds: float = 60.0  # for one upload to arrive
+
+    def __post_init__(self) -> None:
+        """Raises UserError for limits that let nothing in."""
+        for option, value in (("bytes", self.max_bytes), ("pixels", self.max_pixels), ("requests", self.requests)):
+            if value < 1:
+                flag = "--requests" if option == "requests" else f"--max-{option}"
+                raise UserError(f"{flag} is {value}; 1 or more is needed")
 
 
 class Turns:

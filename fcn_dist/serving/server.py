@@ -1,5 +1,6 @@
 """An address and a model in; a server that runs until it is told to stop."""
 
+import asyncio
 import ipaddress
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fcn_dist.console import console
 from fcn_dist.deploy.predict import Predictor
@@ -16,11 +18,14 @@ from fcn_dist.serving.app import build_app
 from fcn_dist.serving.limits import Limits, Turns
 
 CONNECTIONS = 256  # open at once, idle ones too
+PATIENCE_SECONDS = 10.0  # for the head of a request to come
 GRACE_SECONDS = 3  # for answers that are being sent when the server stops
 
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket at that address; port 0 takes a free one. Raises UserError if it cannot be had."""
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port is {port}; 0 to 65535 is needed (0 takes any that is free)")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family)
@@ -43,6 +48,7 @@ def serve(predictor: Predictor, listener: socket.socket, limits: Limits) -> None
     # Requests are not logged: who sends what is nobody's business.
     config = uvicorn.Config(
         app,
+        http=Impatient,
         access_log=False,
         log_level="warning",
         server_header=False,
@@ -62,6 +68,30 @@ def serve(predictor: Predictor, listener: socket.socket, limits: Limits) -> None
         # A prediction cannot be interrupted, and may take a minute; nobody waits for it any more.
         sys.stdout.flush()
         os._exit(0)
+
+
+class Impatient(H11Protocol):
+    """Closes a connection on which no request has come for a while: there are only so many."""
+
+    _seen: object = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Look again and again."""
+        super().connection_made(transport)
+        self._look = self.loop.call_later(PATIENCE_SECONDS, self._close_if_idle)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """There is nothing to look at any more."""
+        self._look.cancel()
+        super().connection_lost(exc)
+
+    def _close_if_idle(self) -> None:
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self.cycle is self._seen:
+            self.transport.close()
+            return
+        self._seen = self.cycle
+        self._look = self.loop.call_later(PATIENCE_SECONDS, self._close_if_idle)
 
 
 class _Server(uvicorn.Server):

@@ -109,8 +109,8 @@ class _Form:
         """The one file, rewound."""
         if not self._whole:
             raise self._broken("it ends too early")
-        if len(self._files) != 1:
-            raise HTTPException(400, f"the form has {len(self._files)} files; one a request is needed")
+        if not self._files:
+            raise HTTPException(400, "the form has no file; one a request is needed")
         self._files[0].file.seek(0)
         return self._files[0]
 
@@ -132,6 +132,8 @@ class _Form:
         if name == b"content-disposition":
             _, options = parse_options_header(value)
             if b"filename" in options:
+                if self._files:
+                    raise HTTPException(400, "the form has several files; one a request is needed")
                 self._is_file = True
                 self._files.append(Upload(options[b"filename"].decode("utf-8", "replace") or "the image"))
 
