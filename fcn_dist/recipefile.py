@@ -2,10 +2,11 @@
 
 import copy
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from fcn_dist.config import Recipe
 from fcn_dist.errors import UserError
@@ -57,8 +58,24 @@ def recipe_from_dict(tree: dict[str, Any], where: str, overrides: Sequence[str] 
     except Exception as error:  # jsonargparse raises several kinds, of which argparse's is only the commonest
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
-        raise UserError(f"{where}: {' '.join(str(error).split())}") from error
+        raise UserError(_wrong_kind(tree, str(error), where, overrides)) from error
     return Recipe(**{f.name: values[f.name] for f in fields(Recipe)})
+
+
+def _wrong_kind(tree: dict[str, Any], message: str, where: str, overrides: Sequence[str]) -> str:
+    """What jsonargparse says of a value, in our words: which, what it is and what is needed."""
+    found = re.match(r'Parser key "([\w.]+)"', message)
+    if not found:
+        return f"{where}: {' '.join(message.split())}"
+    key = found[1]
+    value: Any = tree
+    kind: Any = Recipe
+    for name in key.split("."):
+        value, kind = value[name], {f.name: f.type for f in fields(kind)}[name]
+    names = get_args(kind) if get_origin(kind) is Literal else ()
+    needed = f"one of {', '.join(names)}" if names else re.sub(r"<class '(\w+)'>", r"\1", str(kind))
+    place = next((f"--set {one}" for one in reversed(overrides) if one.partition("=")[0].strip() == key), where)
+    return f"{place}: {key} is {value!r}; {needed} is needed; change it"
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

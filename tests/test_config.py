@@ -146,6 +146,29 @@ def test_a_value_of_the_wrong_kind_or_size_is_refused_naming_its_key(key: str, v
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("schedule.steps=abc", "schedule.steps is 'abc'; int | None is needed"),
+        ("log.every=1.5", "log.every is 1.5; int is needed"),
+        ("model.variant=fcn9", "model.variant is 'fcn9'; one of fcn8s, fcn16s, fcn32s is needed"),
+        ("data.crop=[1, 2, 3]", "data.crop is [1, 2, 3]; tuple[int, int] is needed"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_told_with_what_is_needed_and_where_it_stands(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(UserError) as by_option:
+        load_recipe(None, ["log.every=5", override, "checkpoint.every=7"])
+    assert str(by_option.value) == f"--set {override}: {message}; change it"
+    key, _, value = override.partition("=")
+    section, _, name = key.partition(".")
+    (tmp_path / "recipe.yaml").write_text(f"{section}: {{{name}: {value}}}\n")
+    with pytest.raises(UserError) as by_file:
+        load_recipe(tmp_path / "recipe.yaml", ["checkpoint.every=7"])
+    assert str(by_file.value) == f"{tmp_path}/recipe.yaml: {message}; change it"
+
+
 def test_null_is_refused_by_name_wherever_a_recipe_of_defaults_cannot_hold_it() -> None:
     """With hints of types as the oracle; among them are some that hold null though they are not null by default."""
     refused = set()
