@@ -192,6 +192,13 @@ def test_a_flip_anywhere_in_the_manifest_is_noticed_or_harmless(tmp_path: Path) 
     assert noticed > len(whole) / 3
 
 
+def test_a_manifest_that_is_nested_without_end_is_passed_over(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    (save(tmp_path, 10) / "manifest.json").write_text("[" * 100_000)
+    found, damages = open_checkpoint(tmp_path)
+    assert found.state.step == 5 and "nested too deeply" in damages[0].reason
+
+
 def test_two_damaged_checkpoints_are_passed_over_newest_first(tmp_path: Path) -> None:
     targets = {step: save(tmp_path, step) for step in (5, 10, 15)}
     for step in (10, 15):

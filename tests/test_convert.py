@@ -20,7 +20,7 @@ from fcn_dist.commands import convert as command
 from fcn_dist.commands.entry import run_script
 from fcn_dist.deploy import proof
 from fcn_dist.deploy.convert import convert
-from fcn_dist.deploy.modelfile import read_model_file
+from fcn_dist.deploy.modelfile import read_model_file, write_model_file
 from fcn_dist.deploy.predict import Predictor
 from fcn_dist.errors import UserError
 
@@ -199,6 +199,17 @@ def test_a_signal_leaves_nothing_behind(tmp_path: Path, name: str, signum: signa
         process.send_signal(signum)
         assert process.wait(60) == -signum
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("card", [{}, [], 3, {"data_set": None, "scores": {"official": {"mean_iou": "high"}}}])
+def test_what_a_file_says_of_itself_is_shown_whatever_its_card_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], card: Any
+) -> None:
+    path = tmp_path / "m.safetensors"
+    write_model_file(path, tiny_network().state_dict(), DESCRIPTION, {"card": card, "run": "beach"})
+    assert run_script("convert", [str(path), "--show"]) == 0
+    shown = capsys.readouterr().out
+    assert "beach" in shown and "cannot be read" in shown
 
 
 def test_the_command_says_which_newer_checkpoint_was_passed_over_and_why(

@@ -108,7 +108,11 @@ def test_other_safetensors_files_are_refused(tmp_path: Path, metadata: dict[str,
         read_model_file(tmp_path / "m.safetensors")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"model": {}}', "[" * 100_000])
+NOT_A_NUMBER = '{"format_version": 1, "source": {"scores": NaN}}'
+HALF_A_CHARACTER = '{"format_version": 1, "model": {"classes": ["\\ud800"]}}'
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"model": {}}', "[" * 100_000, NOT_A_NUMBER, HALF_A_CHARACTER])
 def test_damaged_metadata_is_refused(tmp_path: Path, text: str) -> None:
     save_file({"weight": torch.zeros(3)}, tmp_path / "m.safetensors", {"fcn_dist": text})
     with pytest.raises(UserError, match="metadata is damaged"):

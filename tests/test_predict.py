@@ -22,7 +22,7 @@ from tiny_models import DESCRIPTION, tiny_network
 
 from fcn_dist.commands import predict as command
 from fcn_dist.commands.entry import run_script
-from fcn_dist.deploy import imagefiles
+from fcn_dist.deploy import imagefiles, jobs
 from fcn_dist.deploy.imagefiles import read_rgb
 from fcn_dist.deploy.modelfile import write_model_file
 from fcn_dist.deploy.predict import Predictor
@@ -224,6 +224,13 @@ def test_images_are_turned_upright_by_their_exif_orientation(tmp_path: Path, ori
     exif[ORIENTATION] = orientation
     Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "x.png", exif=exif)
     assert (read_rgb(tmp_path / "x.png") == upright).all()
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_numbers_of_32_bits_are_refused_rather_than_shown_black(tmp_path: Path, mode: str) -> None:
+    Image.fromarray(pixels(8, 8)).convert("L").convert(mode).save(tmp_path / "x.tiff")
+    with pytest.raises(UserError, match="holds numbers of 32 bits"):
+        read_rgb(tmp_path / "x.tiff")
 
 
 def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(
@@ -489,7 +496,7 @@ def test_a_line_that_the_disk_has_no_room_for_is_taken_back(predictor: Predictor
     with (tmp_path / "record").open("wb", buffering=0) as record:
         record.write(b"{}\n")
     with Full(tmp_path / "record", "ab") as full, pytest.raises(OSError, match="No space left") as raised:
-        command.Labelling(predictor, full)._failed(imagefiles.Job(tmp_path, tmp_path, tmp_path), "why")
+        command.Labelling(predictor, full)._failed(jobs.Job(tmp_path, tmp_path, tmp_path), "why")
     assert raised.value.filename == str(tmp_path / "record")
     assert (tmp_path / "record").read_text() == "{}\n"
 

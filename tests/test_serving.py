@@ -227,6 +227,12 @@ def test_an_upload_that_does_not_go_on_is_given_up() -> None:
     assert refusal.value.status_code == 408
 
 
+def test_accept_may_stand_in_several_lines(server: Served) -> None:
+    head = f"Content-Length: {len(PNG)}\r\nAccept: text/html\r\nAccept: image/png"
+    with server.begin(PNG, more=head) as client:
+        assert labels_in(answer_on(client).body).size
+
+
 def test_when_too_many_wait_the_next_is_told_when_to_come_again(server: Served) -> None:
     waiting = [server.begin(PNG[:-20], length=len(PNG)) for _ in range(3)]
     while server.ask("GET", "/health").json["requests"] < 3:

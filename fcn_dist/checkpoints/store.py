@@ -110,7 +110,7 @@ def newest(run_dir: Path, step: int | None, read: Callable[[Path], Found]) -> tu
     for folder in folders:
         try:
             return read(folder), damages
-        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        except (OSError, KeyError, TypeError, ValueError) as error:
             damages.append(Damage(folder, str(error)))
     if not damages:
         raise UserError(f"{run_dir} has no checkpoint yet; train with checkpoint.every, or to the last step")
@@ -151,7 +151,10 @@ def read_state(folder: Path) -> CheckpointState:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    try:
+        manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    except RecursionError:
+        raise ValueError(f"{MANIFEST_NAME} is nested too deeply to be one") from None
     if manifest["format_version"] != FORMAT_VERSION:
         raise ValueError(f"format version {manifest['format_version']}, {FORMAT_VERSION} is needed")
     if manifest["digest"] != _digest(manifest):

@@ -19,7 +19,8 @@ from fcn_dist.commands.termination import unwound_by_sigterm
 from fcn_dist.commands.views import add_views, views_of
 from fcn_dist.console import console
 from fcn_dist.deploy.colours import distinct
-from fcn_dist.deploy.imagefiles import RECORD_NAME, Job, Outputs, plan, read_rgb
+from fcn_dist.deploy.imagefiles import read_rgb
+from fcn_dist.deploy.jobs import RECORD_NAME, Job, Outputs, plan
 from fcn_dist.deploy.pictures import picture_with_legend, short_name, write_png
 from fcn_dist.deploy.predict import AUTO, PRECISIONS, Predictor, classes_found
 from fcn_dist.errors import UserError, counted, named

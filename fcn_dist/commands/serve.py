@@ -1,7 +1,6 @@
 """`serve`: a model file on a local page, where images are dropped and masks are seen, and for scripts over HTTP."""
 
 import argparse
-from pathlib import Path
 
 from fcn_dist.commands.views import add_views, views_of
 from fcn_dist.deploy.predict import AUTO, PRECISIONS, Predictor
@@ -25,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description="Label images on a local page, or for scripts over HTTP.")
     add = parser.add_argument
-    add("model", type=Path, help="model file, as launch/convert.py wrote it")
+    add("model", help="model file, as launch/convert.py wrote it, or its address with #sha256=...")
     add(
         "--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0 opens it to the network (default: this machine)"
     )

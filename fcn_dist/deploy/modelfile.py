@@ -154,11 +154,16 @@ def read_model_file(path: Path) -> tuple[FCN, ModelFileInfo]:
     )
 
 
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
 def _content(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     if not metadata or METADATA_KEY not in metadata:
         raise UserError(f"{path} is a safetensors file, but not a model of fcn_dist; {NEEDED}")
     try:
-        content = json.loads(metadata[METADATA_KEY])
+        content = json.loads(metadata[METADATA_KEY], parse_constant=_no_number)
+        json.dumps(content, ensure_ascii=False).encode()  # half a character can be written as \ud800, but not shown
         version = content["format_version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: its {METADATA_KEY} metadata is damaged ({error!r}); {NEEDED}") from error

@@ -117,7 +117,7 @@ def _add_predict(app: FastAPI, labelling: "Labelling") -> None:
         format: Annotated[Literal["json", "png"] | None, Query(description="Goes before the Accept header.")] = None,
     ) -> Response:
         """Label an image: pixels of each class as JSON, or the labels themselves as an 8-bit gray PNG of its size."""
-        chosen = format or preferred(request.headers.get("accept", ""))
+        chosen = format or preferred(",".join(request.headers.getlist("accept")))
         if not chosen:
             raise HTTPException(406, f"only {' and '.join(FORMATS.values())} can be given; accept one of them")
         return await labelling.answer(request, chosen)
