@@ -75,6 +75,7 @@ mark { background: var(--mark); color: var(--ink); padding: 0 3px; border-radius
 summary { cursor: pointer; }
 @media (max-width: 640px) {
   th, td { padding-right: 8px; font-size: 0.84rem; }
+  .keys tr > :first-child { overflow-wrap: anywhere; min-width: 9em; }
   .bars td { padding-right: 6px; }
   .bars td:nth-child(2) { width: 22%; min-width: 36px; }
   .bars th { overflow-wrap: anywhere; }
