@@ -147,6 +147,15 @@ def test_lines_that_a_crash_has_damaged_do_not_keep_a_run_from_going_on(tmp_path
     assert heard == [1, 3] and journal.path.read_bytes() == first + third
 
 
+def test_steps_that_are_skipped_count_before_the_next_figures_do() -> None:
+    standing = a_standing()
+    for step in (31, 32):
+        standing.hear({"event": "not_finite", "step": step, "time": 0.0})
+    assert standing.skipped() == "1 damaged sample and 4 steps"
+    standing.hear(trained(40, 1.0, skipped_steps=4))
+    assert standing.skipped() == "1 damaged sample and 4 steps"
+
+
 def test_a_loss_that_is_not_finite_is_not_shown_as_the_one_before() -> None:
     standing = a_standing()
     standing.hear(trained(40, None))

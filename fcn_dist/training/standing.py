@@ -23,6 +23,7 @@ class Standing:
     saved: tuple[int, float] | None = None  # step and when
     straggler: tuple[int, str] | None = None  # step and what
     damaged: int = 0  # samples replaced
+    skipped_steps: int = 0
     _weight: float = 0.0
 
     def __post_init__(self) -> None:
@@ -34,6 +35,7 @@ class Standing:
         match line["event"]:
             case "train":
                 self.figures = line
+                self.skipped_steps = line["skipped_steps"]
                 if line["loss"] is not None:
                     self._smooth(line["loss"])
             case "evaluate":
@@ -47,6 +49,8 @@ class Standing:
                 self.straggler = (step, f"rank {line['rank']} on {line['host']} {what}")
             case "bad_sample":
                 self.damaged += 1
+            case "not_finite":
+                self.skipped_steps += 1  # until the next figures, which count those of the whole run
 
     def _smooth(self, loss: float) -> None:
         """A mean in which each figure weighs a tenth less than the one after it."""
@@ -56,10 +60,9 @@ class Standing:
 
     def skipped(self) -> str:
         """What did not become part of training, empty if all did."""
-        steps = self.figures.get("skipped_steps", 0)
         parts = [
             f"{count} {name}{'s' * (count > 1)}"
-            for count, name in ((self.damaged, "damaged sample"), (steps, "step"))
+            for count, name in ((self.damaged, "damaged sample"), (self.skipped_steps, "step"))
             if count
         ]
         return " and ".join(parts)
