@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from launching import group_members
@@ -18,6 +19,8 @@ from fcn_dist.data.workers import Advance, map_in_processes
 from fcn_dist.errors import UserError
 
 pytestmark = pytest.mark.timeout(60)
+
+ROOT = Path(__file__).parents[1]
 
 
 def _double(job: int, _: Advance) -> int:
@@ -54,6 +57,32 @@ def test_this_process_and_the_workers_share_the_jobs() -> None:
     pids = map_in_processes(_pid, list(range(50)), 3, "sharing")
     assert pids[0] == os.getpid()
     assert len(set(pids)) == 3
+
+
+STARTED = """
+import os, sys
+from multiprocessing import forkserver
+from pathlib import Path
+from fcn_dist.data.workers import start_early
+start_early(os.getcwd)
+for pid in (os.getpid(), forkserver._forkserver._forkserver_pid):
+    print(next(line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "SigBlk" in line))
+"""
+
+
+def test_an_interrupt_reaches_this_process_alone() -> None:
+    done = subprocess.run([sys.executable, "-c", STARTED], cwd=ROOT, capture_output=True, text=True, check=True)
+    blocked = [bool(int(mask, 16) >> (signal.SIGINT - 1) & 1) for mask in done.stdout.split()]
+    assert blocked == [False, True]
+
+
+def test_an_interrupt_before_workers_are_begun_is_all_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: Thread) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        map_in_processes(_double, [1, 2, 3], 2, "doubling")
 
 
 def _die(_: int, advance: Advance) -> None:

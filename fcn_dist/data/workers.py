@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from multiprocessing import forkserver, get_context
+from multiprocessing import forkserver, get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
@@ -43,7 +43,13 @@ def start_early(function: Callable[..., Any]) -> None:
     # Not fork: the caller may have threads (torch, OpenCV), whose locks a fork would copy in whatever state.
     # The main script first: it may be what tells where our modules are.
     forkserver.set_forkserver_preload(["__main__", function.__module__])
-    forkserver.ensure_running()
+    # An interrupt is for this process, which ends the others; theirs would be told in the middle of what they import.
+    resource_tracker.ensure_running()  # which would take the block away again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def map_in_processes(
@@ -109,7 +115,7 @@ class _Crew(Generic[Job, Result]):
     def dismiss(self) -> None:
         """End the workers, whether all is done or an error or interrupt has come: nothing they still do is wanted."""
         self._dismissed = True
-        if self._starter:
+        if self._starter and self._starter.is_alive():  # an interrupt may have come before it was
             self._starter.join()
         for process in self._processes:
             process.terminate()
