@@ -274,7 +274,8 @@ def test_a_folder_gives_two_files_an_image_at_the_same_place_and_a_line_each(
     model: Path, predictor: Predictor, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    run(model, images, "--output", out, "--json", tmp_path / "all.json")
+    run(model, images, "--output", out, "--json", out / "all.json")
+    (out / "all.json").rename(tmp_path / "all.json")
     stems = ("one", "sub/two.a.b")
     assert written(out) == sorted(
         ["predictions.jsonl", *(f"{s}{end}" for s in stems for end in (".png", "_overlay.png"))]
@@ -451,8 +452,9 @@ def test_figures_are_not_written_over_what_is_read_or_written(
 ) -> None:
     path = model if place == "model" else tmp_path / place
     before = path.read_bytes() if path.exists() else b""
-    with pytest.raises(UserError, match=r"would be overwritten|would both be written"):
-        run(model, images, "--output", tmp_path / "out", "--json", path, "--overwrite")
+    for out in (tmp_path / "out", tmp_path / "images" / ".." / "out"):
+        with pytest.raises(UserError, match=r"would be overwritten|would both be written"):
+            run(model, images, "--output", out, "--json", path, "--overwrite")
     assert not (tmp_path / "out").exists() and (not before or path.read_bytes() == before)
 
 

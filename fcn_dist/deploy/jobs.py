@@ -57,12 +57,15 @@ def plan(inputs: Sequence[str], outputs: Outputs) -> list[Job]:
         raise UserError(f"{folder} is a file; a folder to write to is needed; choose another --output")
     found = {(image.resolve(), folder / stem): image for given in inputs for image, stem in _images(given, folder)}
     jobs = [_job(image, base, outputs.confidence) for (_, base), image in found.items()]
-    owners: dict[Path, str] = {outputs.record: "the lines of all images"}
+    owners: dict[Path, str] = {}
+    _claim(outputs.record, "the lines of all images", owners)
     if outputs.summary:
         _claim(outputs.summary, "--json", owners)
     for job in jobs:
         for output in job.outputs:
             _claim(output, str(job.image), owners)
+    if outputs.summary and outputs.summary.parent.resolve() != folder.resolve():  # which will be made
+        check_place(outputs.summary)
     kept = {path.resolve() for path in (*(job.image for job in jobs), *outputs.kept)}
     for output in owners:
         if output.resolve() in kept:
@@ -73,7 +76,7 @@ def plan(inputs: Sequence[str], outputs: Outputs) -> list[Job]:
                     f"{owners[parent]} would be written to {parent}, where {owners[output]} needs a folder; rename "
                     "one, or give them different output folders in two runs"
                 )
-        if output == outputs.summary or output.exists():
+        if output.exists():
             check_place(output)
     existing = [str(output) for output in owners if output.exists()]
     if existing and not outputs.overwrite:
@@ -82,6 +85,8 @@ def plan(inputs: Sequence[str], outputs: Outputs) -> list[Job]:
 
 
 def _claim(output: Path, owner: str, owners: dict[Path, str]) -> None:
+    """Raises UserError if it has an owner."""
+    output = output.parent.resolve() / output.name  # however its folder is written; a link in its place is replaced
     if output in owners:
         raise UserError(
             f"{owners[output]} and {owner} would both be written to {output}; different names are needed; rename one, "
