@@ -140,10 +140,10 @@ def test_lines_that_a_crash_has_damaged_do_not_keep_a_run_from_going_on(tmp_path
     for step in (1, 2, 3):
         journal.write("train", step, loss=1.0)
     first, second, third = journal.path.read_bytes().splitlines(keepends=True)
-    damages = [b"\0" * 40 + second, b"\xff\xfe{}\n", b"[2]\n", b'{"event": "train", "step": null, "time": 1}\n']
+    damages = [b"\0" * 40 + second, b"\xff\xfe\r{}\n", b"[2]\n", b'{"event": "train", "step": null, "time": 1}\n']
     journal.path.write_bytes(b"".join([first, *damages, third, third[:-5]]))
     heard: list[int] = []
-    Journal(tmp_path, 3, [lambda line: heard.append(line["step"])])
+    assert Journal(tmp_path, 3, [lambda line: heard.append(line["step"])]).left_out == 4
     assert heard == [1, 3] and journal.path.read_bytes() == first + third
 
 

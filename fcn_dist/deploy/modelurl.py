@@ -10,7 +10,7 @@ from fcn_dist.files import default_cache_dir, replacing, sha256
 
 SCHEMES = ("https", "http", "s3", "gs")  # and no other: fsspec also knows some that wrap others or run commands
 DIGEST = re.compile("[0-9a-fA-F]{64}")
-HASH = re.compile(r"sha256=([0-9a-fA-F]{64})")
+HASH = re.compile(rf"sha256=({DIGEST.pattern})")
 
 
 def local_copy(location: str | Path, digest: str | None = None) -> Path:

@@ -8,6 +8,12 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+# How torch and the libraries below it say that memory ran out; on CPU they have no exception of their own for it.
+SHORTAGE = (
+    *("out of memory", "ALLOC_FAILED"),  # CUDA and its libraries
+    *("DefaultCPUAllocator", "bad_alloc"),
+    *("could not create a", "could not execute a primitive"),  # oneDNN
+)
 # Floating-point operations a second in 16 bits with float32 sums, without sparsity: NVIDIA's data sheets.
 PEAKS = {
     "NVIDIA H200": 989e12,
@@ -71,6 +77,6 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, -1)
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether that is what `error` says; on a CPU torch has no type of its own for it."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in SHORTAGE)

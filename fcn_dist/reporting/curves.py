@@ -77,12 +77,8 @@ def curves(runs: Sequence[RunData]) -> Html:
 
 def legend(runs: Sequence[RunData]) -> Html:
     """Which colour is which run."""
-    entries = [
-        element(
-            "li", element("span", class_=f"line series-{n % len(SERIES)}{' dashed' * (n >= len(SERIES))}"), run.name
-        )
-        for n, run in enumerate(runs)
-    ]
+    lines = [f"line series-{n % len(SERIES)}{' dashed' * (n >= len(SERIES))}" for n in range(len(runs))]
+    entries = [element("li", element("span", class_=line), run.name) for line, run in zip(lines, runs, strict=True)]
     return element("ul", *entries, class_="legend")
 
 

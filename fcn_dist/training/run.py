@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fcn_dist.data.loader import build_loader
 from fcn_dist.data.loaderprocesses import ended_with_the_block
-from fcn_dist.errors import EXIT_REQUEUE, EarlyEnd
+from fcn_dist.errors import EXIT_REQUEUE, EarlyEnd, counted
 from fcn_dist.lasting import lasting_output
 from fcn_dist.scoring.metrics import Scores
 from fcn_dist.training.bad_samples import BadSamples
@@ -66,6 +66,8 @@ def _train(config: RunConfig, stop: StopRequest) -> Scores | None:
         closing_boards.callback(board.close)
     with watchdog, waits_measured(clock), logs, closing_boards, display:
         if journal:
+            if journal.left_out:
+                display.say(f"left out of {journal.path}: {counted(journal.left_out, 'line')} that cannot be read")
             command = ready.record.command
             journal.write("start", first_step, world_size=rank.world_size, steps=job.steps, command=command)
         trainer = build_trainer(config.output, ready, stop, display, journal, clock, events)

@@ -99,7 +99,10 @@ class Journal:
         `listeners` are told every line, those that are kept first.
         """
         self.path, self._listeners = run_dir / METRICS_NAME, listeners
-        kept = [(line, found) for line, found in read_journal(run_dir) if found["step"] <= first_step]
+        lines = list(read_journal(run_dir))
+        whole = self.path.read_bytes().count(b"\n") if self.path.exists() else 0
+        self.left_out = whole - len(lines)  # lines that cannot be read
+        kept = [(line, found) for line, found in lines if found["step"] <= first_step]
         write_text(self.path, "".join(line for line, _ in kept))
         for _, found in kept:
             self._tell(found)
@@ -122,7 +125,7 @@ def read_journal(run_dir: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     path = run_dir / METRICS_NAME
     if not path.exists():
         return
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
         for line in file:
             if (found := parse_line(line)) is not None:
                 yield line, found

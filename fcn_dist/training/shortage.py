@@ -15,6 +15,7 @@ import torch
 from fcn_dist.data.loader import Batch
 from fcn_dist.errors import UserError
 from fcn_dist.labels import IGNORE_LABEL
+from fcn_dist.model.devices import out_of_memory
 from fcn_dist.ranks import BatchPlan
 from fcn_dist.training.collective import of_all_ranks, on_rank_zero, sum_over_ranks
 from fcn_dist.training.display import TrainingDisplay
@@ -25,16 +26,6 @@ from fcn_dist.training.meter import Meter
 from fcn_dist.training.runfolder import Journal, RunRecord, write_run_record
 
 EVENT = "out_of_memory"
-# How torch and the libraries below it say so; on CPU they have no exception of their own for it.
-SIGNS = (
-    *("out of memory", "ALLOC_FAILED"),  # CUDA and its libraries
-    *(
-        "DefaultCPUAllocator",
-        "bad_alloc",
-        "could not create a",
-        "could not execute a primitive",
-    ),  # the last are oneDNN's
-)
 
 
 class PeerRanOut(Exception):
@@ -79,7 +70,7 @@ class Shortage:
             except PeerRanOut:
                 shortage = ""
             except (RuntimeError, MemoryError) as error:
-                if not is_shortage(error):
+                if not out_of_memory(error):
                     raise
                 shortage = str(error).partition("\n")[0] or "no memory"
                 if not self._halves or self._reduces:
@@ -147,11 +138,6 @@ class Shortage:
             f"out of memory in step {done}, with micro-batches of {size} images ({shortage}); {why}; then continue "
             "with --resume"
         )
-
-
-def is_shortage(error: BaseException) -> bool:
-    """Whether memory did not suffice."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in SIGNS)
 
 
 def reduces_at_the_end(engine: Engine) -> bool:
