@@ -15,13 +15,23 @@ from fcn_dist.files import write_text
 JOB_VARIABLE = "FCN_DIST_JOB"
 
 
+_left: int | None = None
+
+
 def leave_outcome(code: int) -> None:
     """Tell the supervisor, if one started this rank, the code it is about to exit with; the last thing a rank does."""
+    global _left  # a process has one end
+    _left = code
     folder = os.environ.get(JOB_VARIABLE)
     if folder:
         # Without a folder there is no one left to tell; the exit code itself still says it.
         with suppress(OSError):
             write_text(Path(folder) / os.environ["RANK"], str(code), flush=False)
+
+
+def left_outcome(otherwise: int) -> int:
+    """The code that this process has said that it exits with; `otherwise` if it has said nothing."""
+    return otherwise if _left is None else _left
 
 
 def read_outcomes(folder: Path) -> dict[int, int]:
