@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from fcn_dist.data import forking
 from fcn_dist.data.forking import ThreadedForkContext
 from fcn_dist.data.loaderprocesses import started
+from fcn_dist.data.loadersignals import STOP_SIGNALS
 
 FILES = Path("/proc/self/fd")
 
@@ -67,6 +68,26 @@ def fork_that_hangs(first: int) -> tuple[Callable[[], int], list[int]]:
 class Told(IterableDataset[int]):
     def __iter__(self) -> Iterator[int]:
         yield os.getpid()
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_stop_that_reaches_a_loader_process_as_it_begins_does_not_end_it(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    # A launcher signals a whole group of processes, whatever they are about to do.
+    fork = os.fork
+
+    def fork_and_be_told_to_stop() -> int:
+        child = fork()
+        if not child:
+            os.kill(os.getpid(), number)
+        return child
+
+    monkeypatch.setattr(os, "fork", fork_and_be_told_to_stop)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    loader = DataLoader(Told(), batch_size=None, num_workers=1, multiprocessing_context=ThreadedForkContext())
+    assert list(started(loader)) != [os.getpid()]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
 def test_loader_processes_that_hang_in_their_fork_are_forked_again(monkeypatch: pytest.MonkeyPatch) -> None:

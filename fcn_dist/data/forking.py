@@ -15,6 +15,8 @@ from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.popen_fork import Popen
 from multiprocessing.process import BaseProcess
 
+from fcn_dist.data.loadersignals import holding_back_stops
+
 BEGINS_WITHIN = 5.0  # seconds; a process does within milliseconds, and one that could not yet is forked again as well
 ATTEMPTS = 5  # each waits twice as long as the one before
 
@@ -22,7 +24,7 @@ ATTEMPTS = 5  # each waits twice as long as the one before
 class Forked(ForkProcess):
     """A process that is forked again if it does not begin, and to which the garbage of its parent is no garbage.
 
-    `start` raises RuntimeError if no attempt succeeds.
+    It begins with what asks it to stop held back. `start` raises RuntimeError if no attempt succeeds.
     """
 
     _says_begun = -1
@@ -40,7 +42,8 @@ class Forked(ForkProcess):
             begun, process_obj._says_begun = os.pipe()
             gc.freeze()
             try:
-                popen = Popen(process_obj)
+                with holding_back_stops():
+                    popen = Popen(process_obj)
             finally:
                 gc.unfreeze()
                 os.close(process_obj._says_begun)

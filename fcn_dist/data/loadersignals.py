@@ -3,8 +3,23 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
+
+@contextmanager
+def holding_back_stops() -> Iterator[None]:
+    """Within the block, what asks this thread to stop waits. So it does in a process that is forked there, for good.
+
+    Such a process would otherwise end by a signal that reaches it before `leave_stopping_to_the_parent` is called.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def leave_stopping_to_the_parent() -> None:
