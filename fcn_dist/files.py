@@ -1,5 +1,6 @@
 """Files that are whole or not there: written under another name, flushed to disk, renamed."""
 
+import errno
 import hashlib
 import os
 import secrets
@@ -12,6 +13,8 @@ from threading import Event
 from fcn_dist.errors import UserError
 
 FLUSHED_EVERY = 0.1  # seconds; each time costs, as a file that grows has its size written, too
+# What keeps a file from being read and is nothing of the file's own.
+OBSTACLES = {errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT}
 
 
 @contextmanager

@@ -39,7 +39,7 @@ def tensorboard(run: Path, first_step: int, multipliers: dict[str, float]) -> Bo
 
 def a_record() -> RunRecord:
     model = {"classes": ["wall", "sky"], "colours": COLOURS}
-    return RunRecord({}, {}, model, "shards", {}, 1, 9, 4, "train.py", {}, {}, {})
+    return RunRecord({}, {}, model, "shards", {}, 1, 9, 4, "train.py", "/", {}, {}, {})
 
 
 def line(event: str, step: int, **figures: Any) -> dict[str, Any]:

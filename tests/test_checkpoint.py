@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,11 +14,13 @@ from committing import commit_folder
 
 from fcn_dist import files
 from fcn_dist.checkpoints import commit as commit_module
+from fcn_dist.checkpoints import store
 from fcn_dist.checkpoints.commit import WrittenFile, discard_all, prepare, set_aside
 from fcn_dist.checkpoints.retention import retain
 from fcn_dist.checkpoints.store import CheckpointState, checkpoints_dir, open_checkpoint, step_name
 from fcn_dist.config import CheckpointConfig
 from fcn_dist.errors import UserError
+from fcn_dist.files import OBSTACLES
 
 
 def state_of(step: int) -> CheckpointState:
@@ -237,6 +240,42 @@ def test_latest_missing_or_wrong_does_not_hide_a_whole_checkpoint(tmp_path: Path
     assert open_checkpoint(tmp_path)[0].state.step == 5
     (tmp_path / "checkpoints" / "latest").unlink()
     assert open_checkpoint(tmp_path)[0].state.step == 5
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_damaged(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    shutil.copytree(tmp_path / "checkpoints" / "step-00000005", tmp_path / "checkpoints" / "step-00000010")
+    found, damages = open_checkpoint(tmp_path)
+    assert found.state.step == 5
+    assert [(damage.dir.name, damage.reason) for damage in damages] == [
+        ("step-00000010", "its manifest is of step 5"),
+    ]
+
+
+@pytest.mark.parametrize("number", sorted(OBSTACLES))
+def test_what_may_be_whole_and_cannot_be_read_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    # Training goes on from what is found, and puts aside what is damaged.
+    save(tmp_path, 5)
+    target = save(tmp_path, 10) / "probe.safetensors"
+
+    def refuse(path: Path) -> str:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(store, "sha256", refuse)
+    with pytest.raises(UserError, match=rf"step-00000010/.* cannot be read here \({re.escape(os.strerror(number))}\)"):
+        open_checkpoint(tmp_path)
+    monkeypatch.undo()
+    target.unlink()
+    assert open_checkpoint(tmp_path)[0].state.step == 5
+
+
+@pytest.mark.parametrize("part", ["checkpoints", "checkpoints/step-00000005", "checkpoints/step-00000005/deepspeed"])
+def test_a_part_of_a_run_is_told_from_a_run(tmp_path: Path, part: str) -> None:
+    save(tmp_path, 5)
+    with pytest.raises(UserError, match=rf"is a part of a run; give the run itself, {tmp_path}, and choose"):
+        open_checkpoint(tmp_path / part)
 
 
 # ---- again, and how many

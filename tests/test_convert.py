@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ from safetensors.torch import load_file
 from saved_run import IMAGE, STATE, save_run
 from tiny_models import DESCRIPTION, tiny_network
 
+from fcn_dist.checkpoints import weights as opening
+from fcn_dist.checkpoints.retention import retain
 from fcn_dist.commands import convert as command
 from fcn_dist.commands.entry import run_script
+from fcn_dist.config import CheckpointConfig
+from fcn_dist.deploy import convert as conversion
 from fcn_dist.deploy import proof
 from fcn_dist.deploy.convert import convert
 from fcn_dist.deploy.modelfile import read_model_file, write_model_file
@@ -173,6 +178,89 @@ def test_places_that_no_file_can_have_are_refused_before_any_work(tmp_path: Path
         with pytest.raises(UserError, match=message):
             command.main([str(tmp_path / "run"), *map(str, arguments)])
     assert {path.name for path in tmp_path.iterdir()} == {"run", "pipe", "old.json"} and (tmp_path / "pipe").is_fifo()
+
+
+def test_what_is_read_is_never_written_to(tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "model.safetensors"
+    save_run(run)
+    for name in ("run.json", "metrics.jsonl"):
+        (run / name).write_text("{}")
+    step = run / "checkpoints" / "step-00000001"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    model_states = step / "deepspeed" / "mp_rank_00_model_states.pt"
+    (tmp_path / "link").symlink_to(step)
+    for arguments in (
+        [model_states],
+        [step / "probe.safetensors"],
+        [step / "new.safetensors"],
+        [tmp_path / "link" / "probe.safetensors"],
+        [step / "new.onnx", "--to", "onnx"],
+        [run / "run.json"],
+        [run / "metrics.jsonl"],
+        [out, "--json", run / "run.json"],
+        [out, "--json", step / "manifest.json"],
+    ):
+        with pytest.raises(UserError, match=r"is a part of .*run, which is to be read"):
+            command.main([str(run), *map(str, arguments), "--overwrite"])
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before and not out.exists()
+    for _ in range(2):  # beside them, and again
+        made = [str(run / name) for name in ("model.safetensors", "conversion.json")]
+        command.main([str(run), made[0], "--json", made[1], "--overwrite"])
+    (tmp_path / "names.txt").write_text("sky\nsea\n")
+    with pytest.raises(UserError, match=r"is a part of"):
+        command.main(
+            ["--from", "pytorch-fcn", "--classes", str(tmp_path / "names.txt"), made[0], made[0], "--overwrite"]
+        )
+
+
+def test_a_checkpoint_that_its_run_removes_meanwhile_gives_way_to_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, state = tmp_path / "run", replace(STATE, scores=None)
+    save_run(run, step=1, seed=1, state=state)
+
+    to_save = [2, 3, 4]
+
+    def trained_on(before: Callable[..., Any], step: int) -> Callable[..., Any]:
+        """`before`, at whose first call the run saves another checkpoint, and removes those it has."""
+
+        def wrapped(*arguments: Any) -> Any:
+            if step in to_save:
+                to_save.remove(step)
+                save_run(run, step=step, seed=step, state=state)
+                retain(run, run / "checkpoints" / f"step-{step:08d}", CheckpointConfig(keep=1))
+            return before(*arguments)
+
+        return wrapped
+
+    monkeypatch.setattr(opening, "check_listed", trained_on(opening.check_listed, 2))
+    monkeypatch.setattr(opening, "consolidate", trained_on(opening.consolidate, 3))
+    monkeypatch.setattr(conversion, "compare", trained_on(conversion.compare, 4))
+    converted = convert(run, tmp_path / "model.safetensors")
+    assert converted.checkpoint.state.step == 4 and converted.passed_over == ()
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"no checkpoint of step 3; it has step-00000004"):
+        convert(run, tmp_path / "other.safetensors", step=3)
+
+
+def test_a_run_that_is_always_faster_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    save_run(run)
+
+    def lose(folder: Path) -> Any:
+        folder.rename(folder.with_name(f"step-{int(folder.name[5:]) + 1:08d}"))
+        return (folder / "manifest.json").read_text()
+
+    monkeypatch.setattr(opening, "check_listed", lose)
+    with pytest.raises(UserError, match=r"run removed 20 checkpoints while they were read; .*checkpoint.keep"):
+        convert(run, tmp_path / "model.safetensors")
+    assert_nothing_was_left(tmp_path)
+
+
+def test_options_may_stand_anywhere(tmp_path: Path) -> None:
+    save_run(tmp_path / "run")
+    command.main([str(tmp_path / "run"), "--step", "1", str(tmp_path / "m.safetensors"), "--dtype", "bfloat16"])
+    assert (tmp_path / "m.safetensors").is_file()
 
 
 HELD = """

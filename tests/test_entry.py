@@ -27,6 +27,7 @@ RECORD = RunRecord(
     steps=10,
     global_batch=4,
     command="train.py",
+    folder="/",
     versions={},
     git={},
     machine={},

@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+import fsspec
 import loopback
 import pytest
 from loopback import Site
@@ -84,14 +85,16 @@ def test_the_command_refuses_an_address_without_a_hash_and_asks_nobody(
         "pipe:touch {}",
         "cmd://touch {}",
         "simplecache::http://127.0.0.1/{}",
-        "file://{}",
+        "file://x::{}",
         "http::touch {}",
         "zip://x::{}",
+        "data:,{}",
+        "nothing://{}",
     ],
 )
 def test_addresses_that_run_commands_or_wrap_others_are_refused(tmp_path: Path, url: str) -> None:
     marker = tmp_path / "ran"
-    with pytest.raises(UserError, match="is no address that models are fetched from"):
+    with pytest.raises(UserError, match=r"would run a command|is no plain address|no address that fsspec knows"):
         local_copy(url.format(marker), "0" * 64)
     assert not marker.exists()
 
@@ -106,3 +109,33 @@ def test_a_file_of_this_machine_is_held_against_a_stated_hash(served: tuple[Site
     assert local_copy(path) == local_copy(path, served[1]) == path
     with pytest.raises(UserError, match="get the file again"):
         local_copy(path, "0" * 64)
+
+
+@pytest.mark.parametrize("scheme", ["file", "local", "memory"])
+def test_an_address_of_this_machine_is_taken_with_its_hash_alone(
+    served: tuple[Site, str], tmp_path: Path, scheme: str
+) -> None:
+    digest, content = served[1], (tmp_path / "m.safetensors").read_bytes()
+    url = f"{scheme}://{tmp_path}/m.safetensors"
+    if scheme == "memory":
+        fsspec.filesystem("memory").pipe_file(f"{tmp_path}/m.safetensors", content)
+    with pytest.raises(UserError, match="is not stated"):
+        local_copy(url)
+    with pytest.raises(UserError, match=f"has SHA-256 {digest}"):
+        local_copy(url, "0" * 64)
+    assert Predictor.from_file(f"{url}#sha256={digest}", "cpu").classes == DESCRIPTION.classes
+    assert cached(tmp_path) == [f"{digest}.safetensors"]
+
+
+def test_a_folder_stands_for_its_model_file(served: tuple[Site, str], tmp_path: Path) -> None:
+    path, other = tmp_path / "m.safetensors", tmp_path / "other.safetensors"
+    assert local_copy(tmp_path) == local_copy(str(tmp_path), served[1]) == path
+    assert Predictor.from_file(tmp_path, "cpu").info.path == path
+    other.write_bytes(b"")
+    with pytest.raises(UserError, match=r"has m.safetensors, other.safetensors; one model file, or one named model"):
+        local_copy(tmp_path)
+    other.rename(tmp_path / "model.safetensors")
+    assert local_copy(tmp_path) == tmp_path / "model.safetensors"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="has no model file"):
+        local_copy(tmp_path / "empty")

@@ -9,9 +9,9 @@ import fsspec
 import pytest
 from loopback import Site, chunked, drop, file, status
 
-from fcn_dist.addresses import shown_url
+from fcn_dist.addresses import check_url, is_url, shown_url
 from fcn_dist.data.remote import transfer
-from fcn_dist.data.remote.urls import Retries, check_url, is_url, read_blocks, read_start
+from fcn_dist.data.remote.urls import Retries, read_blocks, read_start
 from fcn_dist.errors import UserError
 
 pytestmark = pytest.mark.timeout(60)

@@ -46,6 +46,7 @@ ROOMS = {
 }
 # What single modules may import beyond their room's list, and those that may import less.
 ALSO = {
+    "fcn_dist.addresses": {"fsspec"},
     "fcn_dist.model.kernels": {"triton"},
     "fcn_dist.model.poolkernels": {"triton"},
     "fcn_dist.data.loader": {"torch"},

@@ -249,7 +249,7 @@ def alone(tmp_path: Path) -> tuple[Shortage, Any]:
     config = EngineConfig({}, BatchPlan(8, 8, 1, 1), 0.1, "float32", 1, automatic=True)
     job = cast(Job, SimpleNamespace(config=config, rank=Rank(), device=torch.device("cpu")))
     forgetting = cast(Any, SimpleNamespace(forget_step=lambda: None))
-    record = RunRecord({}, {}, {}, "", {}, 1, 1, 8, "", **dict.fromkeys(environment(), cast(Any, "")))
+    record = RunRecord({}, {}, {}, "", {}, 1, 1, 8, "", "", **dict.fromkeys(environment(), cast(Any, "")))
     progress = TrainingDisplay(1, 0, shown=False)
     return Shortage(job, engine, forgetting, forgetting, tmp_path, record, progress, None), engine
 

@@ -4,6 +4,8 @@ DeepSpeed's files, as a run writes them, name three classes of its own. Each is 
 not even DeepSpeed's code runs (nor is it imported), and whatever else a file names is refused before it is read.
 """
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 import torch
 
 from fcn_dist.errors import UserError, named
+from fcn_dist.files import OBSTACLES
+from fcn_dist.model.devices import out_of_memory
 
 
 class LossScaler:
@@ -45,7 +49,8 @@ class Unreadable(UserError):
 def load_restricted(path: Path) -> dict[str, Any]:
     """The dictionary in `path`, its tensors mapped from the file on the CPU.
 
-    Raises UserError if the file is none of torch.save's, or names anything but tensors and the stand-ins.
+    Raises UserError if the file is none of torch.save's, or names anything but tensors and the stand-ins; OSError if
+    something else keeps it from being read, such as want of memory.
     """
     content = load_content(path)
     if not isinstance(content, dict):
@@ -67,6 +72,10 @@ def load_content(path: Path) -> Any:
         except UserError:
             raise
         except Exception as error:  # a damaged file makes the reader trip over anything
+            if isinstance(error, OSError) and error.errno in OBSTACLES:
+                raise
+            if out_of_memory(error):
+                raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), str(path)) from error
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise Unreadable(
                 f"{path} cannot be read ({reason}); a file as DeepSpeed saved it is needed; restore it from a copy, "

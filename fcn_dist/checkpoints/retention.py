@@ -1,5 +1,6 @@
 """Which checkpoints of a run are kept: the newest, those at a long interval, and the best by a score."""
 
+import secrets
 import shutil
 from pathlib import Path
 
@@ -20,7 +21,9 @@ def retain(run_dir: Path, newest: Path, config: CheckpointConfig) -> list[Path]:
     kept |= set(sorted(scores, key=lambda folder: (-scores[folder], -step_of(folder)))[: config.keep_best])
     removed = [folder for folder in reversed(folders) if folder not in kept]
     for folder in removed:
-        shutil.rmtree(folder)
+        # At once for whoever reads it, and with a name by which the next start finds what a crash leaves.
+        going = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+        shutil.rmtree(folder.rename(going))
     return removed
 
 

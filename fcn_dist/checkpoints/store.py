@@ -13,15 +13,16 @@ checkpoints/
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fcn_dist.checkpoints.records import check_descriptions, records_sha256
 from fcn_dist.errors import UserError
-from fcn_dist.files import sha256
+from fcn_dist.files import OBSTACLES, sha256
 
 MANIFEST_NAME = "manifest.json"
 DEEPSPEED_TAG = "deepspeed"
@@ -31,6 +32,8 @@ LATEST_NAME = "latest"
 STEP_NAME = re.compile(r"step-\d{8,}")  # and not a copy that someone keeps beside it
 FORMAT_VERSION = 2
 HASHING_THREADS = 8
+# As often a checkpoint may be removed by its run while it is read, and a newer one is looked for.
+TRIES = 20
 
 Found = TypeVar("Found")
 
@@ -93,29 +96,76 @@ def open_checkpoint(run_dir: Path, step: int | None = None) -> tuple[Checkpoint,
 
     Every file's size and SHA-256 is compared. Raises UserError if there is none, or none is whole.
     """
-    return newest(run_dir, step, lambda folder: _check(folder, _problem))
+    return while_removed(lambda: newest(run_dir, step, lambda folder: _check(folder, _problem)), run_dir)
+
+
+class Removed(Exception):
+    """A checkpoint was removed while it was read: its run keeps newer ones."""
+
+
+@contextmanager
+def of_checkpoint(folder: Path) -> Iterator[None]:
+    """What goes wrong in the block is Removed if the checkpoint in `folder` is gone."""
+    try:
+        yield
+    except Exception as error:
+        if not folder.exists():
+            raise Removed(folder) from error
+        raise
+
+
+def while_removed(read: Callable[[], Found], run_dir: Path) -> Found:
+    """What `read` finds, once no checkpoint was removed meanwhile."""
+    for _ in range(TRIES):
+        with suppress(Removed):
+            return read()
+    raise UserError(
+        f"{run_dir} removed {TRIES} checkpoints while they were read; one that stays is needed; keep more of them "
+        "(checkpoint.keep), or come back when the run has ended"
+    )
 
 
 def newest(run_dir: Path, step: int | None, read: Callable[[Path], Found]) -> tuple[Found, list[Damage]]:
-    """What `read` finds in the newest checkpoint, or in that of `step`, and the newer ones passed over as damaged."""
-    if not run_dir.is_dir():
-        raise UserError(f"no run folder {run_dir}; give the folder that launch/train.py wrote with --output")
-    folders = committed(run_dir)
-    if step is not None:
-        steps = [folder.name for folder in folders]
-        folders = [folder for folder in folders if folder.name == step_name(step)]
-        if not folders:
-            raise UserError(f"{run_dir} has no checkpoint of step {step}; it has {', '.join(steps) or 'none'}")
+    """What `read` finds in the newest checkpoint, or in that of `step`, and the newer ones passed over as damaged.
+
+    Raises UserError if there is none, if none is whole, or if one cannot be read that may be whole. Removed, if one is
+    removed meanwhile.
+    """
+    folders = _choose(run_dir, step)
     damages: list[Damage] = []
     for folder in folders:
         try:
-            return read(folder), damages
-        except (OSError, KeyError, TypeError, ValueError) as error:
+            with of_checkpoint(folder):
+                return read(folder), damages
+        except OSError as error:
+            if error.errno in OBSTACLES:
+                raise UserError(
+                    f"{error.filename or folder} cannot be read here ({error.strerror}), and may be whole; permissions "
+                    "and memory to read it are needed; see to that, and start again"
+                ) from error
             damages.append(Damage(folder, str(error)))
-    if not damages:
-        raise UserError(f"{run_dir} has no checkpoint yet; train with checkpoint.every, or to the last step")
+        except (KeyError, TypeError, ValueError) as error:
+            damages.append(Damage(folder, str(error)))
     reasons = "; ".join(f"{damage.dir.name}: {damage.reason}" for damage in damages)
     raise UserError(f"{run_dir} has no whole checkpoint ({reasons}); restore one from a copy")
+
+
+def _choose(run_dir: Path, step: int | None) -> list[Path]:
+    """The committed checkpoints, newest first, or that of `step` alone. Raises UserError if there is none."""
+    if not run_dir.is_dir():
+        raise UserError(f"no run folder {run_dir}; give the folder that launch/train.py wrote with --output")
+    folders = committed(run_dir)
+    if not folders:
+        if run := next((path for path in run_dir.resolve().parents if committed(path)), None):
+            raise UserError(f"{run_dir} is a part of a run; give the run itself, {run}, and choose with --step")
+        raise UserError(f"{run_dir} has no checkpoint yet; train with checkpoint.every, or to the last step")
+    if step is None:
+        return folders
+    chosen = [folder for folder in folders if folder.name == step_name(step)]
+    if not chosen:
+        steps = ", ".join(folder.name for folder in folders)
+        raise UserError(f"{run_dir} has no checkpoint of step {step}; it has {steps}")
+    return chosen
 
 
 def open_described(folder: Path, name: str) -> Checkpoint:
@@ -153,6 +203,10 @@ def read_state(folder: Path) -> CheckpointState:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST_NAME} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{MANIFEST_NAME} is no JSON ({error})") from None
     except RecursionError:
         raise ValueError(f"{MANIFEST_NAME} is nested too deeply to be one") from None
     if manifest["format_version"] != FORMAT_VERSION:
@@ -184,7 +238,10 @@ def _check(folder: Path, problem_of: Callable[[Path, str, Mapping[str, Any]], st
         for problem in pool.map(lambda item: problem_of(folder, *item), records):
             if problem:
                 raise ValueError(problem)
-    return Checkpoint(folder, CheckpointState(**manifest["state"]))
+    state = CheckpointState(**manifest["state"])
+    if folder.name != step_name(state.step):
+        raise ValueError(f"its manifest is of step {state.step}")
+    return Checkpoint(folder, state)
 
 
 def _problem(folder: Path, name: str, record: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from fcn_dist.checkpoints.consolidate import Consolidated, Weights, consolidate
 from fcn_dist.checkpoints.restricted import Unreadable
-from fcn_dist.checkpoints.store import DEEPSPEED_TAG, Checkpoint, Damage, check_listed, newest
+from fcn_dist.checkpoints.store import DEEPSPEED_TAG, Checkpoint, Damage, check_listed, newest, while_removed
 from fcn_dist.errors import UserError
 from fcn_dist.model.description import ModelDescription
 
@@ -31,7 +31,7 @@ def open_run(run_dir: Path, step: int | None = None, weights: Weights | None = N
 
     Adam's moments are not looked at. Raises UserError if there is none.
     While the weights are compared with what was written, `use` may do something with them. If they are damaged, it is
-    called again, with those of the checkpoint before.
+    called again, with those of the checkpoint before; if the run removes them meanwhile, with those of a newer one.
     """
 
     def read(folder: Path) -> tuple[Checkpoint, ModelDescription, Consolidated]:
@@ -53,7 +53,7 @@ def open_run(run_dir: Path, step: int | None = None, weights: Weights | None = N
             raise ValueError(str(error)) from error
 
     try:
-        opened, passed_over = newest(run_dir, step, read)
+        opened, passed_over = while_removed(lambda: newest(run_dir, step, read), run_dir)
     except _UseFailed as failure:
         assert failure.__cause__ is not None
         raise failure.__cause__ from None

@@ -15,6 +15,7 @@ import shtab
 
 from fcn_dist.commands.names import COMMANDS, FRONTS
 from fcn_dist.config import Recipe
+from fcn_dist.errors import named
 
 # Where each shell looks for it; zsh, where its fpath has that folder.
 PLACES = {
@@ -50,15 +51,22 @@ complete -o bashdefault -F _fcn_dist fcn-dist
 def main(argv: list[str]) -> None:
     """Print the script."""
     shell = build_parser().parse_args(argv).shell
+    without: list[str] = []
     with redirect_stdout(sys.stderr):  # what libraries say while they are imported is no part of a script
-        script = shtab.complete(all_commands(), shell)
+        script = shtab.complete(all_commands(without), shell)
     print(script + (BASH_END if shell == "bash" else ""))
+    if without:
+        print(
+            f"the options of {named(without)} are left out, as what they need is not installed; pip install "
+            "'fcn-dist[train]', then make the script again",
+            file=sys.stderr,
+        )
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        "completion",
+        "fcn-dist completion",
         description="Print a script that completes commands, options, files and recipe keys. Made once, it is read by "
         "every new shell:",
         epilog="\n".join(f"  {shell:<6}fcn-dist completion {shell} > {path}" for shell, path in PLACES.items()),
@@ -68,13 +76,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def all_commands() -> argparse.ArgumentParser:
-    """`fcn-dist` as one command line; a command whose extra is not installed is there without its options."""
+def all_commands(without: list[str]) -> argparse.ArgumentParser:
+    """`fcn-dist` as one command line; a command whose extra is not installed is there without its options.
+
+    The names of such commands are added to `without`.
+    """
     parser = argparse.ArgumentParser("fcn-dist")
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers()
     for name, summary in COMMANDS.items():
-        parsers = [one for module in {name, FRONTS.get(name, name)} if (one := parser_of(module))]
+        modules = {name, FRONTS.get(name, name)}
+        parsers = [one for module in modules if (one := parser_of(module))]
+        if len(parsers) < len(modules):
+            without.append(name)
         command = commands.add_parser(name, help=summary, parents=parsers, conflict_handler="resolve")
         for action in command._actions:
             complete_values(action)

@@ -17,6 +17,7 @@ from fcn_dist.deploy.card import card_lines
 from fcn_dist.deploy.convert import DTYPES, Conversion, convert
 from fcn_dist.deploy.export import SIZES, export
 from fcn_dist.deploy.modelfile import GRAPHS, check_new, read_model_file
+from fcn_dist.deploy.modelurl import local_copy
 from fcn_dist.deploy.pictures import short_name
 from fcn_dist.deploy.proof import Agreement
 from fcn_dist.errors import UserError, counted, named
@@ -38,7 +39,7 @@ SHOWN = {
 def main(argv: list[str]) -> None:
     """Convert as the arguments say, and print what the new file was compared with."""
     parser = build_parser()
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     if options.show:
         _show(options.run)
         return
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
         parser.error("a file to write is needed, such as model.safetensors")
     form = _form(options)
     if options.json:
-        check_new(options.json, options.overwrite)
+        check_new(options.json, options.overwrite, options.run)
         if options.json.resolve() == options.out.resolve():
             raise UserError(f"{options.out} is to be the model file, and --json names it too; choose another --json")
     if options.origin:
@@ -110,6 +111,7 @@ def _form(options: argparse.Namespace) -> str:
 
 def _show(path: Path) -> None:
     """What a model file says."""
+    path = local_copy(path)
     model, info = read_model_file(path)
     description, config = info.description, info.description.config
     table = Table(show_header=False, box=None)

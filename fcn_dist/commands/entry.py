@@ -87,7 +87,7 @@ def _dispatch(arguments: list[str]) -> None:
     name, *rest = arguments
     if name not in COMMANDS:
         raise UserError(f"no command {name!r}; one of {', '.join(COMMANDS)} is needed")
-    sys.argv[0] = f"fcn-dist {name}"
+    sys.argv[:] = [f"fcn-dist {name}", *rest]  # as a script of that name would have it
     _command(FRONTS.get(name, name))(rest)
 
 

@@ -22,6 +22,7 @@ from fcn_dist.data.transforms import decode
 from fcn_dist.deploy.colours import distinct
 from fcn_dist.deploy.confusion import draw_confusion
 from fcn_dist.deploy.modelfile import read_model_file
+from fcn_dist.deploy.modelurl import local_copy
 from fcn_dist.deploy.pictures import Row, sheet, write_png
 from fcn_dist.errors import UserError
 from fcn_dist.files import check_place, write_text
@@ -66,7 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, help="run folder; its newest whole checkpoint is scored")
-    source.add_argument("--model", type=Path, help="model file written by launch/convert.py")
+    source.add_argument(
+        "--model", help="model file written by launch/convert.py, a folder with one, or its address with #sha256=..."
+    )
     parser.add_argument("--step", type=int, help="which checkpoint of --run")
     parser.add_argument(
         "--weights", choices=WEIGHTS, help="which of --run (default: averaged where there are any, see train.ema)"
@@ -146,7 +149,7 @@ def load(options: argparse.Namespace, shard_set: ShardSet) -> tuple[FCN, str]:
         for name in ("step", "weights"):
             if getattr(options, name) is not None:
                 raise UserError(f"--{name} chooses from what --run has; a model file has one state; leave it out")
-        model, info = read_model_file(options.model)
+        model, info = read_model_file(local_copy(options.model))
         check_classes(info.description.classes, shard_set)
         return model, str(options.model)
     opened = open_run(options.run, options.step, options.weights)

@@ -131,9 +131,11 @@ class Labelling:
 @unwound_by_sigterm()
 def main(argv: list[str]) -> None:
     """Label the images as the arguments say, and print which classes were found."""
-    options = build_parser().parse_args(argv)
+    options = build_parser().parse_intermixed_args(argv)
     keep_freed_memory()
-    outputs = Outputs(options.output, options.overwrite, options.confidence, options.json, (Path(options.model),))
+    model = Path(options.model)  # which may be a folder's one
+    kept = (model, *model.glob("*.safetensors"))
+    outputs = Outputs(options.output, options.overwrite, options.confidence, options.json, kept)
     jobs = plan(options.inputs, outputs)
     views = views_of(options)
     predictor = Predictor.from_file(options.model, options.device, options.precision, views, options.sha256)
@@ -170,7 +172,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "model",
-        help="model file, as launch/convert.py wrote it, or its https://, s3:// or gs:// address with #sha256=...",
+        help="model file, as launch/convert.py wrote it, a folder with one, or its address with #sha256=...",
     )
     add("inputs", nargs="+", metavar="IMAGE_FOLDER_OR_PATTERN", help="patterns in quotes, such as 'photos/**/*.jpg'")
     add("--output", type=Path, required=True, metavar="DIR", help="folder to write to")

@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description="Label images on a local page, or for scripts over HTTP.")
     add = parser.add_argument
-    add("model", help="model file, as launch/convert.py wrote it, or its address with #sha256=...")
+    add("model", help="model file, as launch/convert.py wrote it, a folder with one, or its address with #sha256=...")
     add(
         "--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0 opens it to the network (default: this machine)"
     )

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fcn_dist.addresses import is_url
 from fcn_dist.data.members import member_key
 from fcn_dist.data.remote.cache import NodeCache, RemoteFile, node_cache
-from fcn_dist.data.remote.urls import is_url, read_start
+from fcn_dist.data.remote.urls import read_start
 from fcn_dist.data.shard import INDEX_NAME, Sample, Shard, read_members
 from fcn_dist.data.shardtable import HEAD_SIZE, TABLE_NAME, ShardTable, Totals, map_table, records_of, totals_of
 from fcn_dist.errors import UserError

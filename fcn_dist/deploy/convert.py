@@ -11,7 +11,15 @@ from torch import Tensor
 
 import fcn_dist
 from fcn_dist.checkpoints.consolidate import AT_ONCE, Consolidated, Weights, consolidate
-from fcn_dist.checkpoints.store import PROBE_NAME, PROBE_SCORES, Checkpoint, Damage, open_described
+from fcn_dist.checkpoints.store import (
+    PROBE_NAME,
+    PROBE_SCORES,
+    Checkpoint,
+    Damage,
+    of_checkpoint,
+    open_described,
+    while_removed,
+)
 from fcn_dist.checkpoints.trainingstate import SplitTensor
 from fcn_dist.checkpoints.universal import is_universal
 from fcn_dist.checkpoints.weights import Opened, Use, described, open_run
@@ -61,7 +69,7 @@ def convert(
     out, run = Path(out), Path(run)
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; one of {', '.join(DTYPES)} is needed")
-    check_new(out, overwrite)
+    check_new(out, overwrite, run)
     written: list[_Finite] = []  # the last is of the checkpoint that was whole
 
     def write(checkpoint: Checkpoint, description: ModelDescription, found: Consolidated) -> None:
@@ -69,11 +77,15 @@ def convert(
         written.append(_Finite(found.split, torch_dtype(dtype)))
         write_model_file(temporary, written[-1], description, _source(checkpoint, found, dtype), dtype)
 
-    with replacing(out) as temporary, flushing(temporary):
+    def write_and_compare() -> tuple[Opened, Agreement]:
         opened = (_open_universal if is_universal(run) else open_run)(run, step, weights, write)
-        checkpoint, found, state = opened.checkpoint, opened.found, written[-1]
-        state.check(checkpoint, dtype)
-        agreement = compare(temporary, checkpoint, found.weights, dtype)
+        written[-1].check(opened.checkpoint, dtype)
+        with of_checkpoint(opened.checkpoint.dir):
+            return opened, compare(temporary, opened.checkpoint, opened.found.weights, dtype)
+
+    with replacing(out) as temporary, flushing(temporary):
+        opened, agreement = while_removed(write_and_compare, run)
+        checkpoint, found = opened.checkpoint, opened.found
         if not agreement.difference <= agreement.tolerance:  # not a number fails, too
             raise UserError(
                 f"the model converted from {checkpoint.dir} does not give the scores that the training engine "
@@ -81,7 +93,14 @@ def convert(
                 f"and at most {agreement.tolerance:.2g} is rounding; nothing was written; convert another --step"
             )
     return Conversion(
-        out, checkpoint, found.weights, opened.passed_over, found.rounded, found.left_out, state.numbers, agreement
+        out,
+        checkpoint,
+        found.weights,
+        opened.passed_over,
+        found.rounded,
+        found.left_out,
+        written[-1].numbers,
+        agreement,
     )
 
 

@@ -98,7 +98,7 @@ def export(
         raise UserError(
             f"exporting to ONNX needs {', '.join(missing)}; install the extra: pip install 'fcn-dist[onnx]'"
         )
-    check_new(out, overwrite)
+    check_new(out, overwrite, Path(run))
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         conversion = convert(run, Path(folder) / "model.safetensors", step=step, weights=weights)
         model, info = read_model_file(conversion.path)

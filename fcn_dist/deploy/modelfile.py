@@ -23,6 +23,8 @@ from fcn_dist.model.fcn import FCN, torch_dtype
 FORMAT_VERSION = 1
 METADATA_KEY = "fcn_dist"
 GRAPHS = {".onnx": "onnx", ".pt2": "torch-export"}  # what else convert.py writes of a run, by how its name ends
+MADE = {".safetensors", *GRAPHS, ".json"}
+CHECKPOINTS, RECORD = "checkpoints", "run.json"  # of a run
 # As the format names what is stored here.
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 NEEDED = "a model file written by launch/convert.py is needed"
@@ -55,11 +57,24 @@ def _text(description: ModelDescription, source: Mapping[str, Any]) -> str:
     return json.dumps(content)
 
 
-def check_new(out: Path, overwrite: bool) -> None:
-    """Raise UserError unless a model file can be written to `out`: a new one, or in place of a file if `overwrite`."""
+def check_new(out: Path, overwrite: bool, source: Path) -> None:
+    """Raise UserError unless a file made of `source` can be written to `out`: a new one, or in place if `overwrite`.
+
+    What is to be read is never written to: `source` itself, a run's checkpoints and whatever else it holds but files
+    that were made of it.
+    """
+    if _is_part(out.resolve(), source.resolve()):
+        raise UserError(f"{out} is a part of {source}, which is to be read; another place is needed; choose one")
     if out.is_file() and not overwrite:
         raise UserError(f"{out} exists; a new file is needed; choose another name, or give --overwrite")
     check_place(out)
+
+
+def _is_part(out: Path, source: Path) -> bool:
+    run = next((path for path in (source, *source.parents) if (path / RECORD).is_file()), source)
+    if out == source or run / CHECKPOINTS in out.parents:
+        return True
+    return run in out.parents and out.is_file() and (out.suffix not in MADE or out.name == RECORD)
 
 
 def write_model_file(

@@ -1,36 +1,59 @@
-"""The address of a model file with its hash in, a checked local copy out; only what was named is fetched."""
+"""Where a model file lies in, the path of a checked local copy out; only what was named is fetched."""
 
 import os
 import re
 from pathlib import Path
 
-from fcn_dist.addresses import shown_url
-from fcn_dist.errors import UserError
+from fcn_dist.addresses import check_url, is_url, shown_url
+from fcn_dist.errors import UserError, named
 from fcn_dist.files import default_cache_dir, replacing, sha256
 
-SCHEMES = ("https", "http", "s3", "gs")  # and no other: fsspec also knows some that wrap others or run commands
+FILE_NAME = "model.safetensors"  # that a folder is looked through for first
 DIGEST = re.compile("[0-9a-fA-F]{64}")
 HASH = re.compile(rf"sha256=({DIGEST.pattern})")
 
 
 def local_copy(location: str | Path, digest: str | None = None) -> Path:
-    """The path of a model file: its own, or that of a copy in the cache of this machine if `location` is a URL.
+    """The path of a model file: its own, that of the one in a folder, or, if `location` is a URL that fsspec knows,
+    that of a copy in the cache of this machine.
 
     A URL needs the SHA-256 of the file, as `digest` or at its end, `https://host/model.safetensors#sha256=...`; a path
-    may have it. Raises UserError without it, if the file does not have it, or if the URL cannot be fetched.
+    may have it. Raises UserError without it, if the file does not have it, if the URL cannot be fetched, or if a folder
+    has no model file or several and none is named model.safetensors.
     """
     text = os.fspath(location)
     if digest is not None and not DIGEST.fullmatch(digest):
         raise UserError(f"the SHA-256 that {shown_url(text)} must have is {digest!r}; 64 hexadecimal digits are needed")
-    if not re.match(r"[A-Za-z][A-Za-z0-9+._-]*:", text) or Path(text).exists():
-        if digest and Path(text).is_file() and (found := sha256(Path(text))) != digest.lower():
-            raise UserError(f"{text} has SHA-256 {found}, and {digest} is needed; get the file again")
-        return Path(text)
+    if not is_url(text) or Path(text).exists():
+        path = _in_folder(Path(text)) if Path(text).is_dir() else Path(text)
+        if digest and path.is_file() and (found := sha256(path)) != digest.lower():
+            raise UserError(f"{path} has SHA-256 {found}, and {digest} is needed; get the file again")
+        return path
     url, _, fragment = text.partition("#")
-    shown = shown_url(url)
-    if url.partition("://")[0] not in SCHEMES or "::" in url:
-        schemes = ", ".join(f"{scheme}://" for scheme in SCHEMES)
-        raise UserError(f"{shown} is no address that models are fetched from; one of {schemes} is needed")
+    check_url(url, of_machine=True)
+    wanted = _stated(shown_url(url), fragment, digest)
+    copy = default_cache_dir() / "models" / f"{wanted}.safetensors"
+    if not (copy.is_file() and sha256(copy) == wanted):
+        _fetch(url, wanted, copy)
+    return copy
+
+
+def _in_folder(folder: Path) -> Path:
+    found = sorted(folder.glob("*.safetensors"))
+    if (named_so := folder / FILE_NAME) in found or len(found) == 1:
+        return named_so if named_so in found else found[0]
+    if found:
+        raise UserError(
+            f"folder {folder} has {named([path.name for path in found])}; one model file, or one named {FILE_NAME}, is "
+            "needed; name the file"
+        )
+    raise UserError(
+        f"folder {folder} has no model file (.safetensors); one is needed; of a run, launch/convert.py makes it"
+    )
+
+
+def _stated(shown: str, fragment: str, digest: str | None) -> str:
+    """The hash that the file at an address must have."""
     stated = HASH.fullmatch(fragment)
     if fragment and not stated:
         raise UserError(f"{shown} ends in #{fragment}; #sha256= and 64 hexadecimal digits are needed")
@@ -42,10 +65,7 @@ def local_copy(location: str | Path, digest: str | None = None) -> Path:
         )
     if digest and digest.lower() != wanted:
         raise UserError(f"{shown} is stated to have two hashes, {wanted} and {digest}; leave one out")
-    copy = default_cache_dir() / "models" / f"{wanted}.safetensors"
-    if not (copy.is_file() and sha256(copy) == wanted):
-        _fetch(url, wanted, copy)
-    return copy
+    return wanted
 
 
 def _fetch(url: str, wanted: str, copy: Path) -> None:
@@ -63,10 +83,6 @@ def _fetch(url: str, wanted: str, copy: Path) -> None:
                 )
     except UserError:
         raise
-    except ImportError as error:
-        raise UserError(
-            f"{shown_url(url)} cannot be read: {error}; pip install 'fcn-dist[{url.partition(':')[0]}]'"
-        ) from error
     except Exception as error:  # each store's client raises kinds of its own
         # What it says may hold the address with what shown_url leaves out.
         reason = f"HTTP status {error.status}" if hasattr(error, "status") else type(error).__name__

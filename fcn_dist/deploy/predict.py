@@ -48,8 +48,9 @@ class Predictor:
     ) -> "Predictor":
         """Read a model file; `device` as torch names it, by default a GPU if there is one.
 
-        `path` may be a URL with the file's hash, `https://host/model.safetensors#sha256=...`, or with `sha256` beside
-        it; it is fetched once and kept in the cache of this machine.
+        `path` may be a folder that has one, or a URL that fsspec knows with the file's hash,
+        `https://host/model.safetensors#sha256=...`, or with `sha256` beside it; it is fetched once and kept in the
+        cache of this machine.
 
         The network computes in `precision`: "float32", "bfloat16" or "float16"; "auto" is bfloat16 on devices that
         multiply it, and float32 on others. `views` says how `predict` looks at an image. Raises UserError if the file

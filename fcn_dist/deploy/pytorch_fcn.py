@@ -68,7 +68,7 @@ def convert(
     `source` is no such state dict, its transposed convolutions are not the frozen bilinear ones, the classes do not fit
     its outputs, or `out` exists and `overwrite` is false.
     """
-    check_new(out, overwrite)
+    check_new(out, overwrite, Path(source))
     state = {name: tensor.float() for name, tensor in read_state(source).items()}
     variant = _variant(state, source)
     description = _description(state, variant, at_once, classes, source)

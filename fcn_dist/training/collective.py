@@ -103,7 +103,9 @@ def noticing_lost_peers() -> Iterator[None]:
         reason = str(error).partition("\n")[0].partition(". ")[0]  # the rest is advice
         if not LOST_CONNECTION.search(reason):
             raise
-        raise LostPeer(f"another rank is gone ({reason}); its own output says why; continue with --resume") from None
+        raise LostPeer(
+            f"another rank is gone ({reason}); its own output says why; continue with --auto-resume"
+        ) from None
 
 
 def of_all_ranks(value: T, rank: Rank) -> list[T]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from fcn_dist.addresses import is_url
 from fcn_dist.config import Recipe
 from fcn_dist.data.remote.cache import node_cache
-from fcn_dist.data.remote.urls import is_url
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.stream import SampleStream
 from fcn_dist.data.upcoming import check_cache_limit
@@ -167,6 +167,7 @@ def run_record(
         steps=steps,
         global_batch=engine_config.plan.global_batch,
         command=command_line(),
+        folder=str(Path.cwd()),
         **environment(),
     )
 

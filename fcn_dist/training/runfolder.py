@@ -39,6 +39,7 @@ class RunRecord:
     steps: int
     global_batch: int
     command: str
+    folder: str  # that it was given in
     versions: dict[str, str]
     git: dict[str, Any]
     machine: dict[str, Any]

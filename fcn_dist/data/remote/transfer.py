@@ -4,27 +4,18 @@ A transfer leaves nothing behind, neither a connection nor a thread, so that the
 """
 
 import asyncio
-import os
 import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from fcn_dist.addresses import store_class
+
 BLOCK = 16 * 2**20  # bytes a request: long beside a round trip, short beside what a dropped connection costs
 HTTP_BLOCK = 2**20  # bytes handed on at a time; over HTTP, all come by one request
 HTTP_BUFFER = 2**16  # bytes read at a time; what lies in the client's buffers when a connection is dropped is lost
 SILENCE_TIMEOUT = 60.0  # seconds in which not one byte comes
-
-
-def store_class(scheme: str) -> Any:
-    """fsspec's class for a scheme; ValueError if there is none, ImportError if its client is not installed."""
-    import fsspec
-
-    # gcsfs reads this when it is imported. It would ask by gRPC what kind of bucket it meets, and what gRPC starts in a
-    # process is not fit for a fork. Who has such buckets sets it otherwise.
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    return fsspec.get_filesystem_class(scheme)
 
 
 @contextmanager

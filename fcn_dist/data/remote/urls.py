@@ -1,4 +1,4 @@
-"""Remote files: a URL in, bytes out; which URLs are allowed, and the retries.
+"""Remote files: a URL in, bytes out, and the retries.
 
 Everything goes through fsspec. Credentials, endpoints and proxies are taken from where fsspec and the clients look for
 them themselves (`~/.config/fsspec`, FSSPEC_S3_..., AWS_ENDPOINT_URL, AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS);
@@ -6,22 +6,13 @@ nothing is passed on here.
 """
 
 import random
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from fcn_dist.addresses import shown_url
-from fcn_dist.data.remote.transfer import blocks, opened, status_of, store_class
+from fcn_dist.addresses import check_url, shown_url
+from fcn_dist.data.remote.transfer import blocks, opened, status_of
 from fcn_dist.errors import UserError
-
-COMMAND_SCHEMES = {"pipe", "cmd", "command", "shell", "exec", "sh", "bash"}
-# What fsspec knows besides stores: this machine's own files, and wrappers around another file system.
-LOCAL_SCHEMES = {"file", "local", "memory", "data", "asynclocal", "git", "pyscript"}
-WRAPPERS = {"async_wrapper", "asyncwrapper", "blockcache", "cached", "dask", "dir", "filecache", "generic"}
-WRAPPERS |= {"libarchive", "reference", "simplecache", "tar", "zip"}
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
-ALLOWED = "https://, s3://, gs:// or another store that fsspec knows"
 
 
 @dataclass(frozen=True)
@@ -38,38 +29,6 @@ class Retries:
         # Not the shared generator: processes that were forked together would all come back together.
         jitter = random.SystemRandom().uniform(0.5, 1)
         self.sleep(min(self.longest, self.first * 2.0 ** (failures - 1)) * jitter)
-
-
-def is_url(text: str) -> bool:
-    """Whether `text` begins with a scheme, allowed or not; a relative path with a colon needs `./` before it."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+._-]*:", text) is not None
-
-
-def check_url(url: str) -> None:
-    """Raise UserError unless `url` names a file in a store that can be read here.
-
-    What would run a command, what wraps or chains file systems, and what fsspec does not know is refused. A client
-    that is not installed is named with the extra that brings it.
-    """
-    scheme = url.partition(":")[0]
-    if scheme.lower() in COMMAND_SCHEMES:
-        raise UserError(f"{shown_url(url)} would run a command, and is refused; {ALLOWED} is needed")
-    if "::" in url or scheme in LOCAL_SCHEMES | WRAPPERS:
-        raise UserError(
-            f"{shown_url(url)} is no plain address in a store; {ALLOWED} is needed; give files of this machine by path"
-        )
-    try:
-        store_class(scheme)
-    except ImportError as error:
-        extra = EXTRAS.get(scheme)
-        change = f"pip install 'fcn-dist[{extra}]'" if extra else str(error)
-        raise UserError(f"{shown_url(url)} cannot be read: a client for {scheme}:// is needed; {change}") from error
-    except ValueError:
-        known = False
-    else:
-        known = re.match(r"[^:]*://.", url) is not None
-    if not known:
-        raise UserError(f"{shown_url(url)} is no address that fsspec knows; {ALLOWED} is needed")
 
 
 def read_start(url: str, size: int, retries: Retries = Retries()) -> bytes:

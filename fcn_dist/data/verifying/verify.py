@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fcn_dist.addresses import is_url
 from fcn_dist.data.pixel_counts import PixelCounts
-from fcn_dist.data.remote.urls import is_url
 from fcn_dist.data.shard import INDEX_NAME
 from fcn_dist.data.shardset import ShardSet
 from fcn_dist.data.shardtable import TABLE_NAME, records_of
