@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from fcn_dist.commands import completion
 from fcn_dist.commands.names import COMMANDS
 
 SHELLS = ("bash", "zsh", "fish")
@@ -142,3 +143,16 @@ def test_the_tab_key_completes_in_a_terminal(shell: str, scripts: dict[str, Path
             until(descriptor, wanted)
             os.write(descriptor, b"\x15\n")  # leave the line
             until(descriptor, "ready> ")
+
+
+def test_commands_whose_libraries_are_not_installed_are_named_as_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser_of = completion.parser_of
+    monkeypatch.setattr(completion, "parser_of", lambda name: None if name in ("train", "plan") else parser_of(name))
+    completion.main(["bash"])
+    printed = capsys.readouterr()
+    assert "the options of plan, train are left out" in printed.err and "--sha256" in printed.out
+    monkeypatch.undo()
+    completion.main(["bash"])
+    assert "left out" not in capsys.readouterr().err

@@ -233,9 +233,8 @@ def test_a_checkpoint_that_its_run_removes_meanwhile_gives_way_to_the_newest(
 
         return wrapped
 
-    monkeypatch.setattr(opening, "check_listed", trained_on(opening.check_listed, 2))
-    monkeypatch.setattr(opening, "consolidate", trained_on(opening.consolidate, 3))
-    monkeypatch.setattr(conversion, "compare", trained_on(conversion.compare, 4))
+    for module, name, step in ((opening, "check_listed", 2), (opening, "consolidate", 3), (conversion, "compare", 4)):
+        monkeypatch.setattr(module, name, trained_on(getattr(module, name), step))
     converted = convert(run, tmp_path / "model.safetensors")
     assert converted.checkpoint.state.step == 4 and converted.passed_over == ()
     monkeypatch.undo()

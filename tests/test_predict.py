@@ -184,6 +184,20 @@ def test_every_mode_of_picture_is_read_as_the_same_rgb(tmp_path: Path, mode: str
     assert (read_rgb(tmp_path / "x.tif") == gray[..., None]).all()
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_seen_on_white(tmp_path: Path, mode: str) -> None:
+    gray = np.array([[200, 50, 50]], np.uint8)
+    alpha = np.array([[255, 0, 0 if mode == "P" else 51]], np.uint8)
+    if mode == "P":
+        image = Image.fromarray(gray)
+        image.info["transparency"] = 50
+    else:
+        image = Image.merge("LA", [Image.fromarray(gray), Image.fromarray(alpha)]).convert(mode)
+    image.save(tmp_path / "x.png")
+    seen = 255 + (gray.astype(int) - 255) * alpha / 255
+    assert np.abs(read_rgb(tmp_path / "x.png").astype(int) - seen[..., None]).max() <= 1
+
+
 @pytest.mark.parametrize("marked", [True, False])
 def test_inks_of_cmyk_jpegs_are_counted_as_adobe_does_with_its_marker_or_without(tmp_path: Path, marked: bool) -> None:
     inks = np.full((16, 16, 4), (0, 255, 255, 0), np.uint8)  # magenta and yellow: red
@@ -320,6 +334,18 @@ def test_a_pattern_keeps_the_folders_after_its_first_wildcard(
     run(model, f"{images}/{pattern}", "--output", out)
     found = [name for name in written(out) if name.endswith("_overlay.png")]
     assert found == [f"{name}_overlay.png" for name in names]
+
+
+def test_what_is_no_image_by_its_name_is_told_of(
+    model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (images / "sub" / "three.heic").write_bytes(b"")
+    (images / ".hidden.txt").write_text("")
+    run(model, images, "--output", tmp_path / "out")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"passed over 2 files, by name no images: {images}/notes.txt, {images}/sub/three.heic" in printed
+    run(model, images / "one.jpg", "--output", tmp_path / "one", images / "sub" / "two.a.b.PNG")  # in any order
+    assert "passed over" not in capsys.readouterr().out and len(lines_of(tmp_path / "one")) == 2
 
 
 def test_folders_behind_links_are_entered_once(model: Path, images: Path, tmp_path: Path) -> None:

@@ -166,10 +166,10 @@ FORM_HEADERS = form(b"")[1]
     ("body", "headers", "status", "message"),
     [
         (b"", {}, 400, "the body is empty"),
-        (b"no image", {}, 422, "cannot be decoded (it is of no known kind)"),
+        (b"no image", {}, 422, "cannot be decoded (it is no JPEG, PNG, BMP, GIF, PPM, TIFF, WEBP file)"),
         (PNG[: len(PNG) // 2], {}, 422, "cannot be decoded"),
         # A program of another kind of file is never run.
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", {}, 422, "of no known kind"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", {}, 422, "it is no JPEG, PNG, "),
         (LARGE, {}, 413, "the image is 300x300; at most 40,000 pixels"),
         (encoded(patches(1, 1300)), {}, 413, "the image is 1300x1; at most 40,000 pixels (32 at least count"),
         (LARGE[:60], {}, 413, "the image is 300x300"),  # its header tells, and nothing is decoded

@@ -1,5 +1,6 @@
 """`fcn-dist train --ranks 2` on real training: codes, saves and what is left."""
 
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from jobs import STARTS_WITHIN, RunningJob, running, train_command
 
 from fcn_dist.checkpoints.store import open_checkpoint
 from fcn_dist.errors import EXIT_REQUEUE, EXIT_USER_ERROR
+from fcn_dist.reporting.history import again
 
 
 def supervised(shards: Path, run: Path, *more: str) -> AbstractContextManager[RunningJob]:
@@ -47,6 +49,11 @@ def test_a_stopped_training_is_saved_and_the_same_command_finishes_it(shards: Pa
         with supervised(shards, run, "--auto-resume", "--steps", steps) as job:
             assert job.ended() == 0, job.output()
     assert [line["step"] for line in job.lines("train")] == list(range(1, trained + 3))
+    # What was given is on record as it can be given again, there.
+    for start in job.lines("start"):
+        assert start["folder"] == str(run.parent)
+        words = shlex.split(again(start["command"], start["world_size"]))
+        assert words[:4] == ["fcn-dist", "train", "--shards", str(shards)] and words[-2:] == ["--ranks", "2"]
 
 
 @pytest.mark.slow

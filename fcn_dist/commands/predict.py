@@ -136,7 +136,7 @@ def main(argv: list[str]) -> None:
     model = Path(options.model)  # which may be a folder's one
     kept = (model, *model.glob("*.safetensors"))
     outputs = Outputs(options.output, options.overwrite, options.confidence, options.json, kept)
-    jobs = plan(options.inputs, outputs)
+    jobs, others = plan(options.inputs, outputs)
     views = views_of(options)
     predictor = Predictor.from_file(options.model, options.device, options.precision, views, options.sha256)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -148,6 +148,9 @@ def main(argv: list[str]) -> None:
         labelling.finish()
     outcome = labelling.outcome
     _print_summary(outcome, predictor, options.output)
+    if others:
+        names = named([str(path) for path in others])
+        console.print(f"passed over {counted(len(others), 'file')}, by name no images: {names}")
     if options.json:
         summary = {
             "model": predictor.info.path.name,

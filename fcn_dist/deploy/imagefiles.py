@@ -23,7 +23,8 @@ class TooManyPixels(UserError):
 def read_rgb(
     source: Path | BinaryIO, name: str = "", max_pixels: int | None = None, kinds: tuple[str, ...] | None = None
 ) -> NDArray[np.uint8]:
-    """Pixels (H, W, 3) uint8 as a viewer shows them: upright by their EXIF orientation, any mode turned to RGB.
+    """Pixels (H, W, 3) uint8 as a viewer shows them: upright by their EXIF orientation, any mode turned to RGB, what is
+    transparent on white.
 
     Errors call an open file `name`. Of `kinds` alone, in Pillow's terms, or of any that Pillow reads. Raises
     TooManyPixels above `max_pixels` (by default MAX_PIXELS), and UserError if it is no whole image.
@@ -48,15 +49,15 @@ def read_rgb(
                         "bits is needed; convert it"
                     )
                 upright = ImageOps.exif_transpose(image)
-                return np.array(_eight_bits(upright).convert("RGB"))
+                return np.array(_on_white(_eight_bits(upright)))
     except UserError:
         raise
     except Image.DecompressionBombError as error:  # Pillow's own limit
         raise TooManyPixels(f"{name} has far too many pixels; at most {most:,} are needed; shrink it") from error
     except Exception as error:  # decoders of damaged files raise whatever they trip over
-        unknown = isinstance(error, UnidentifiedImageError)
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        reason = "it is of no known kind" if unknown else reason
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"it is no {', '.join(kinds)} file" if kinds else "it is of no known kind"
         raise UserError(f"{name} cannot be decoded ({reason}); a whole image file is needed; replace it") from error
 
 
@@ -65,3 +66,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
     return image
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    seen = image.convert("RGBA")  # whose transparent pixels have colours, too, that nobody sees
+    return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")

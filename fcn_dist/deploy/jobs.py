@@ -9,7 +9,7 @@ from pathlib import Path
 from fcn_dist.errors import UserError, named
 from fcn_dist.files import check_place
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".jp2", ".avif")
 RECORD_NAME = "predictions.jsonl"  # a line an image
 
 
@@ -44,8 +44,9 @@ class Outputs:
         return self.folder / RECORD_NAME
 
 
-def plan(inputs: Sequence[str], outputs: Outputs) -> list[Job]:
-    """A job for each image given, found in a folder, or matching a pattern, at its place in the folder.
+def plan(inputs: Sequence[str], outputs: Outputs) -> tuple[list[Job], list[Path]]:
+    """A job for each image given, found in a folder, or matching a pattern, at its place in the folder; and the files
+    found there that are no images by their names.
 
     A pattern's folder is the part before its first wildcard. An image that several inputs name has one job.
 
@@ -55,7 +56,9 @@ def plan(inputs: Sequence[str], outputs: Outputs) -> list[Job]:
     folder = outputs.folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; a folder to write to is needed; choose another --output")
-    found = {(image.resolve(), folder / stem): image for given in inputs for image, stem in _images(given, folder)}
+    others: dict[Path, None] = {}
+    images = (pair for given in inputs for pair in _images(given, folder, others))
+    found = {(image.resolve(), folder / stem): image for image, stem in images}
     jobs = [_job(image, base, outputs.confidence) for (_, base), image in found.items()]
     owners: dict[Path, str] = {}
     _claim(outputs.record, "the lines of all images", owners)
@@ -81,7 +84,7 @@ def plan(inputs: Sequence[str], outputs: Outputs) -> list[Job]:
     existing = [str(output) for output in owners if output.exists()]
     if existing and not outputs.overwrite:
         raise UserError(f"{named(existing)} exist already; choose another --output, or give --overwrite")
-    return jobs
+    return jobs, list(others)
 
 
 def _claim(output: Path, owner: str, owners: dict[Path, str]) -> None:
@@ -95,8 +98,10 @@ def _claim(output: Path, owner: str, owners: dict[Path, str]) -> None:
     owners[output] = owner
 
 
-def _images(given: str, output_dir: Path) -> Iterator[tuple[Path, Path]]:
-    """Images and their names without suffix, relative to the folder they were found in."""
+def _images(given: str, output_dir: Path, others: dict[Path, None]) -> Iterator[tuple[Path, Path]]:
+    """Images and their names without suffix, relative to the folder they were found in; what else is there is added to
+    `others`.
+    """
     path = Path(given)
     if not given:
         raise UserError("an image's name is empty; give images, folders with images, or patterns in quotes")
@@ -118,9 +123,13 @@ def _images(given: str, output_dir: Path) -> Iterator[tuple[Path, Path]]:
         ours = output_is_inside and output_dir.resolve() in image.resolve().parents
         # A link to nothing is an image that cannot be read, and is told of when its turn comes.
         absent = image.is_symlink() and not image.exists()
-        if image.suffix.lower() in SUFFIXES and (image.is_file() or absent) and not hidden and not ours:
-            found += 1
-            yield image, image.relative_to(folder).with_suffix("")
+        if hidden or ours or not (image.is_file() or absent):
+            continue
+        if image.suffix.lower() not in SUFFIXES:
+            others[image] = None
+            continue
+        found += 1
+        yield image, image.relative_to(folder).with_suffix("")
     if not found:
         what = f"folder {path} holds" if path.is_dir() else f"pattern {given} matches"
         raise UserError(f"{what} no images; files ending in {', '.join(SUFFIXES)} are looked for")

@@ -13,7 +13,7 @@ from fcn_dist.deploy.predict import Predictor, classes_found
 from fcn_dist.serving.limits import Limits
 
 FORMATS = {"json": "application/json", "png": "image/png"}  # the first where any will do
-# Pillow reads more kinds, some by running other programs; a server takes those that predict looks for in folders.
+# Pillow reads more kinds, some by running other programs; a server takes those that people have.
 KINDS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 
 

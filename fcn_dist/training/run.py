@@ -68,8 +68,9 @@ def _train(config: RunConfig, stop: StopRequest) -> Scores | None:
         if journal:
             if journal.left_out:
                 display.say(f"left out of {journal.path}: {counted(journal.left_out, 'line')} that cannot be read")
-            given = {"command": ready.record.command, "folder": ready.record.folder}
-            journal.write("start", first_step, world_size=rank.world_size, steps=job.steps, **given)
+            command, folder = ready.record.command, ready.record.folder
+            size, steps = rank.world_size, job.steps
+            journal.write("start", first_step, world_size=size, steps=steps, command=command, folder=folder)
         trainer = build_trainer(config.output, ready, stop, display, journal, clock, events)
         with trainer.keeper:
             done = trainer.train_steps(first_step)
