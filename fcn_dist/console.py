@@ -20,6 +20,7 @@ SILENT_RANK_GRACE = 5.0
 REMEDIES = {
     errno.ENOSPC: "make room there, or choose a place on another disk",
     errno.EDQUOT: "make room there, or choose a place on another disk",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f), or choose a place whose disk takes larger files",
     errno.EROFS: "choose a place that is not mounted for reading alone",
     errno.EACCES: "change its permissions, or choose another place",
     errno.EPERM: "change its permissions, or choose another place",

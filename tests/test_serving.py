@@ -307,6 +307,8 @@ def test_the_page_for_scripts_tells_all_that_openapi_does(server: Served) -> Non
             assert f"{method.upper()} {path}" in page
             for status in set(operation["responses"]) - {"200"}:
                 assert re.search(rf"<td>[\d, ]*{status}", page), status
+    told = {status for row in re.findall(r"<tr><td>([\d, ]+)</td>", page) for status in row.split(", ")}
+    assert told == set(described["/predict"]["post"]["responses"]) - {"200"}
     assert set(described["/predict"]["post"]["requestBody"]["content"]) >= {"image/*", "multipart/form-data"}
 
 

@@ -33,10 +33,12 @@ PREDICT_DOCUMENTATION: dict[str, Any] = {
 }
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The body is empty, or a form without one file."},
+    403: {"description": "Another site's page asked."},
     406: {"description": "Neither JSON nor PNG is accepted."},
     408: {"description": "The upload took too long."},
     413: {"description": "Too many bytes or pixels, or more than the device's memory holds."},
     415: {"description": "The body is neither an image nor a form."},
+    421: {"description": "The server was called by a name that is not its own."},
     422: {"description": "The image cannot be decoded."},
     503: {"description": "Too many images are waiting (see Retry-After), or the server is stopping."},
 }

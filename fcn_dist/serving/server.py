@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import logging
 import os
 import signal
 import socket
@@ -55,6 +56,9 @@ def serve(predictor: Predictor, listener: socket.socket, limits: Limits) -> None
         limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
+    logging.getLogger("python_multipart").setLevel(
+        logging.CRITICAL
+    )  # what is wrong with a form is its sender's to know
     # uvicorn stops on these by itself, and afterwards raises them again.
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda *_: None)
