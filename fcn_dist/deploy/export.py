@@ -101,10 +101,11 @@ def export(
     check_new(out, overwrite, Path(run))
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         conversion = convert(run, Path(folder) / "model.safetensors", step=step, weights=weights)
+        image, recorded, _ = read_probe(conversion.checkpoint, conversion.weights)  # before the run removes it
         model, info = read_model_file(conversion.path)
         with replacing(out) as partial:
             graph = _write_onnx(model, info, partial) if form == "onnx" else _write_pt2(model, info, partial)
-            probe = _compare_probe(graph, conversion, model)
+            probe = _compare_probe(graph, image, recorded, model)
             network, labels = _compare_network(graph, model, info)
             for agreement, other in ((probe, "the training engine recorded"), (network, "the network gives")):
                 if not agreement.difference <= agreement.tolerance:  # not a number fails, too
@@ -209,13 +210,12 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _compare_probe(graph: Run, conversion: Conversion, model: FCN) -> Agreement:
-    """With the recorded scores, which are coarse and of the engine's arithmetic; upsampling mixes them, no more.
+def _compare_probe(graph: Run, image: Tensor, coarse: Tensor, model: FCN) -> Agreement:
+    """With the scores recorded of `image`, which are coarse and of the engine's arithmetic; upsampling only mixes them.
 
     In 16 bits the engine rounds after every layer. How much that is depends on the weights, so it is seen by the
     network itself, which gave the recorded scores in that arithmetic, and here computes in float32.
     """
-    image, coarse, _ = read_probe(conversion.checkpoint, conversion.weights)
     size = (image.shape[1], image.shape[2])
     recorded = upsample(coarse.float(), size, model.stride, model.offset)
     with torch.inference_mode():
