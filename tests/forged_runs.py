@@ -18,6 +18,7 @@ CLASSES = (
 )
 COLOURS = ((200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (30, 200, 200), (200, 30, 200))
 HOST = "node<img src=x onerror=alert(3)>"
+FOLDER = "/work/<b>my</b> folder"
 COMMAND = "launch/train.py --local_rank=0 --shards 'my shards' --output '<b>run</b>' --set log.layers=2"
 PARAMETERS = (
     "features.0.weight",
@@ -51,6 +52,7 @@ def record(**changed: Any) -> dict[str, Any]:
         "steps": 40,
         "global_batch": 4,
         "command": COMMAND,
+        "folder": FOLDER,
         "versions": {"fcn_dist": "0.1.0", "torch": "2.13.0"},
         "git": {"commit": "c" * 40, "clean": False},
         "machine": {"host": HOST, "cores": 2, "system": "Linux"},

@@ -2,8 +2,12 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -225,7 +229,7 @@ def text_of(tmp_path: Path, name: str, events: list[dict[str, Any]], **changed: 
 
 def test_runs_that_are_young_cut_or_without_figures_have_a_page_too(tmp_path: Path) -> None:
     page = text_of(tmp_path, "young", [])
-    assert "Nothing is on record yet" in page.text and page.count("svg") == 0
+    assert "metrics.jsonl is empty" in page.text and page.count("svg") == 0
     page = text_of(tmp_path, "going", [start(0, 2), trained(2), trained(4)])
     assert "At step 4 of 40, going on or stopped there" in page.text and "evaluate.every=N" in page.text
     page = text_of(tmp_path, "shorter", [start(0, 2), trained(2), start(2, 2) | {"steps": 4}, trained(4)])
@@ -234,7 +238,7 @@ def test_runs_that_are_young_cut_or_without_figures_have_a_page_too(tmp_path: Pa
     page = text_of(tmp_path, "nulls", [start(0, 2), trained(2, **nothing), evaluated(2, None, None)])
     assert "Loss; Validation: mean IoU" in page.text and page.count("svg") == 1, "the learning rate's"
     page = text_of(tmp_path, "gap", [start(0, 1), trained(2), trained(4, loss=None), trained(6)])
-    assert "1 figures are null on record" in page.text
+    assert "Crosses: 1 step without a finite figure." in page.text
     looks = [start(0, 1), looked(2, 0.5), looked(4, 0.5)]
     looks[1]["layers"]["fc6.weight"]["gradient"]["norm"] = None
     page = text_of(tmp_path, "looks", looks)
@@ -255,6 +259,144 @@ def test_a_chart_of_one_step_has_whole_steps_on_its_axis(tmp_path: Path) -> None
     assert "4 5 6" in page.text and "4.8" not in page.text
 
 
+def test_one_look_has_marks_of_head_and_trunk(tmp_path: Path) -> None:
+    page = text_of(tmp_path, "run", [start(0, 1), trained(4), looked(4, 0.75)])
+    drawn = chart(tmp_path / "run", "Head and trunk, % of the squared gradient")
+    assert marks_of(drawn) == [2], "one in the chart, and one in its legend"
+    assert "75 % at step 4" in page.text and steps_of(drawn) == [3, 4, 5]
+
+
+def chart(run: Path, title: str) -> str:
+    """The SVG below a title on a run's page."""
+    text = (run / "report.html").read_text()
+    return text[text.index(f"<h3>{title}</h3>") :].split("</svg>", 1)[0]
+
+
+def steps_of(svg: str) -> list[int]:
+    """The numbers at the level axis."""
+    return [int(one) for one in re.findall(r">(\d+)</text>", svg.partition(">step</text>")[0])]
+
+
+def marks_of(svg: str) -> list[int]:
+    """How many there are in the first run's colour, of each shape, the rarest first."""
+    return sorted(Counter(re.findall(r'<use xlink:href="(\S+)" [^>]*"fill: var\(--series-0\)', svg)).values())
+
+
+def diverged(every: int, finite: int, allowed: int) -> list[dict[str, Any]]:
+    """A journal with a line every so many steps: so many steps are finite, and then one more is not than is allowed."""
+    events = [start(0, 1)]
+    for step in range(1, finite + allowed + 2):
+        if step > finite:
+            events.append({"event": "not_finite", "step": step, "time": 1000.0 + step, "what": "loss"})
+        if step % every == 0 and step <= finite + allowed:  # at one too many, training ends
+            gone = {} if step - every < finite else {"loss": None, "gradient_norm": None}
+            events.append(trained(step, **gone))
+    return events
+
+
+def allowing(skips: int) -> dict[str, Any]:
+    """A recipe that allows so many steps that are not finite."""
+    recipe: dict[str, Any] = record()["recipe"]
+    return recipe | {"train": {"seed": 7, "max_skipped_steps": skips}}
+
+
+def test_a_run_that_diverged_says_so_and_shows_where(tmp_path: Path) -> None:
+    page = text_of(tmp_path, "run", diverged(1, 1, 10), recipe=allowing(10))
+    assert "Training diverged and ended at step 12 of 40: 11 steps not finite, and" in page.text
+    assert "train.max_skipped_steps allows 10" in page.text and "going on" not in page.text
+    assert "not finite; 2.0000 at step 1 loss" in page.text
+    loss, norm, rate = (chart(tmp_path / "run", title) for title in ("Loss", "Gradient norm", "Learning rate"))
+    assert steps_of(loss) == steps_of(norm) == steps_of(rate) and max(steps_of(loss)) == 12
+    assert [marks_of(drawn) for drawn in (loss, norm, rate)] == [[1, 11], [1, 10], [11]]
+    assert "Crosses: 11 steps without a finite figure." in page.text
+    assert "11 steps without a finite figure, the last of them 12" in loss, "for those who hear the page"
+
+
+def test_steps_that_are_not_finite_between_two_lines_are_shown_too(tmp_path: Path) -> None:
+    page = text_of(tmp_path, "run", diverged(10, 21, 4), recipe=allowing(4))
+    assert "Training diverged and ended at step 26 of 40" in page.text
+    assert "not finite; 0.1000 at step 20 loss" in page.text and "Crosses: 5 steps" in page.text
+    several = page_of(tmp_path / "run", write_run(tmp_path / "other"))
+    assert "diverged" in several.text and "not finite; 0.1000 at step 20" in several.text
+
+
+def test_a_run_that_goes_on_after_steps_that_were_not_finite_has_not_diverged(tmp_path: Path) -> None:
+    events = diverged(1, 1, 10)
+    page = text_of(tmp_path, "on", [*events, trained(12), trained(13)], recipe=allowing(20))
+    assert "At step 13 of 40, going on" in page.text and f"{2 / 13:.4f} loss" in page.text
+    page = text_of(tmp_path, "allowed", events, recipe=allowing(11))
+    assert "At step 12 of 40, going on" in page.text and "not finite; 2.0000 at step 1 loss" in page.text
+
+
+def test_one_finite_loss_among_many_that_are_not_is_drawn(tmp_path: Path) -> None:
+    text_of(tmp_path, "run", diverged(1, 1, 99), recipe=allowing(99))
+    assert marks_of(chart(tmp_path / "run", "Loss")) == [1, 100]
+
+
+def test_tiles_say_what_they_are_of(tmp_path: Path) -> None:
+    speeds, waits = (1.0, 2.0, 9.0), (0.0, 0.0, 0.3)
+    events = [
+        trained(step, images_per_second=speed, data_wait=wait)
+        for step, (speed, wait) in enumerate(zip(speeds, waits, strict=True), 1)
+    ]
+    page = text_of(tmp_path, "run", [start(0, 1), *events])
+    assert "2.0 images per second, median" in page.text and "10.0 % waiting for data, mean" in page.text
+
+
+def test_one_class_is_no_classes(tmp_path: Path) -> None:
+    model = record()["model"]
+    page = text_of(tmp_path, "run", [], model=model | {"classes": CLASSES[:1]})
+    assert "fcn8s on vgg16, 1 class, seed 7" in page.text
+    assert "fcn8s on vgg16, 6 classes, seed 7" in text_of(tmp_path, "more", []).text
+
+
+def test_the_colours_of_errors_are_not_among_those_of_classes(tmp_path: Path) -> None:
+    write_run(tmp_path / "run"), page_of(tmp_path / "run")
+    text = (tmp_path / "run" / "report.html").read_text()
+    of_classes, of_errors = (Page(one.split("</ul>")[0]) for one in text.split('<ul class="legend">')[1:])
+    assert "wrong" not in of_classes.text and of_classes.text.startswith(
+        f"Classes, in truth and prediction: {CLASSES[0]}"
+    )
+    assert of_errors.text == "In the errors alone, whatever the class: wrong not labelled"
+
+
+def test_a_start_s_command_comes_with_the_folder_that_it_was_made_in(tmp_path: Path) -> None:
+    starts = [start(0, 1), start(2, 1) | {"folder": "/data/<b>my</b> runs; ls"}]
+    text_of(tmp_path, "run", [starts[0], trained(2), starts[1], trained(4)])
+    text = (tmp_path / "run" / "report.html").read_text()
+    commands = ["".join(Page(one.split("</pre>")[0]).texts) for one in text.split("<pre ")[1:]]
+    # A start of a run before folders were on record has none.
+    assert [len(one.splitlines()) for one in commands] == [1, 2]
+    assert shlex.split(commands[1].splitlines()[0].partition(">")[2]) == ["cd", "/data/<b>my</b> runs; ls"]
+    young = write_run(tmp_path / "young", [])
+    (young / "run.json").write_text(json.dumps(record() | {"folder": "/data/here"}))
+    assert "cd /data/here deepspeed --num_gpus 2 launch/train.py" in page_of(young).text
+
+
+def renamed(run: Path, classes: Sequence[str]) -> Path:
+    """The run with other names of its classes."""
+    path = run / "predictions" / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    for one, name in zip(evaluation["classes"], classes, strict=True):
+        one["name"] = name
+    path.write_text(json.dumps(evaluation))
+    made = json.loads((run / "run.json").read_text())
+    made["model"]["classes"] = classes
+    (run / "run.json").write_text(json.dumps(made))
+    return run
+
+
+def test_classes_whose_short_names_are_alike_have_their_whole_ones(tmp_path: Path) -> None:
+    others = ["sky, air", "tree", "sea", "hill", "none"]
+    one = renamed(write_run(tmp_path / "one"), ["road, route", *others])
+    other = renamed(write_run(tmp_path / "other"), ["road", *others])
+    page = page_of(one, other)
+    assert "road, route 63.2 % - " in page.text and "road - 63.2 %" in page.text
+    assert "sky 75.0 % 75.0 %" in page.text, "one class, with its short name"
+    within = page_of(renamed(one, ["road, route", "road", *others[1:]]))
+    assert "road, route 63.2 %" in within.text and "road, route → road 25.0 %" in within.text
+
+
 def test_runs_beyond_the_colours_are_dashed(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"run-{number}", [start(0, 1), trained(2), trained(4)]) for number in range(10)]
     page = page_of(*runs)
@@ -272,11 +414,60 @@ def test_a_last_line_that_is_cut_is_left_out_and_lines_that_are_none_are_counted
     assert read_run(run, "run").steps == 40 == whole.steps
     path.write_text('not JSON\n[1, 2]\n{"event": "train", "step": 1, "time": null}\n' + path.read_text())
     assert "lines that could not be read (3)" in page_of(run).text
-    evaluation = json.loads((run / "predictions" / "evaluation.json").read_text())
-    (run / "predictions" / "evaluation.json").write_text(json.dumps(evaluation | {"scenes": None}))
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        trained(4, loss="abc"),
+        trained(4, peak_memory=[1]),
+        evaluated(4, 0.5, 0.5) | {"official": {"mean_iou": "abc"}},
+        evaluated(4, 0.5, 0.5) | {"official": None},
+        start(0, 2) | {"world_size": "two"},
+        start(0, 2) | {"steps": None},
+        looked(4, 0.5) | {"layers": [1]},
+        looked(4, 0.5) | {"layers": {"fc6.weight": {"gradient": {"norm": "abc"}}}},
+        looked(4, 0.5) | {"layers": {"fc6.weight": {}}},
+    ],
+)
+def test_a_line_with_a_figure_of_the_wrong_type_is_one_that_could_not_be_read(
+    tmp_path: Path, damaged: dict[str, Any]
+) -> None:
+    page = text_of(tmp_path, "run", [start(0, 2), trained(2), damaged, trained(6)])
+    assert "lines that could not be read (1)" in page.text and "At step 6 of 40" in page.text
+
+
+def test_an_evaluation_that_cannot_be_read_is_told_from_one_that_is_not_there(tmp_path: Path) -> None:
+    run, whole = write_run(tmp_path / "run"), write_run(tmp_path / "whole")
+    path = run / "predictions" / "evaluation.json"
+    text = path.read_text()
+    evaluation = json.loads(text)
+    counts = evaluation["confusion"]
+    for damaged in (
+        text[: len(text) // 2],
+        *(json.dumps(evaluation | {"confusion": wrong}) for wrong in (counts[1:], [counts[0], [1]], "abc", None)),
+        json.dumps(evaluation | {"scenes": None}),
+        json.dumps([1]),
+    ):
+        path.write_text(damaged)
+        page = page_of(run)
+        assert f"{path} is there and cannot be read" in page.text and "No evaluation has left" not in page.text
+    for others in ([whole], [write_run(tmp_path / "without", scenes=-1)]):
+        page = page_of(run, *others, output=tmp_path / "compared.html")
+        assert f"{path} is there and cannot be read" in page.text
+    path.unlink()
     assert "No evaluation has left its classes" in page_of(run).text
-    (run / "predictions" / "evaluation.json").write_text('{"step": 4')
-    assert "No evaluation has left its classes" in page_of(run).text
+
+
+def test_a_journal_that_is_gone_is_not_a_run_that_has_gone_back(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    path = run / "metrics.jsonl"
+    for content, told in (("", "is empty"), ("not JSON\n", "tells of no start and no step"), (None, "is missing")):
+        path.unlink() if content is None else path.write_text(content)
+        page = page_of(run)
+        assert f"Nothing is on record: {path} {told}." in page.text
+        assert "gone back" not in page.text and "0 of 40" not in page.text and "checkpoints written 0" not in page.text
+        assert "Of the evaluation after step 40" in page.text and "No evaluation is on record" not in page.text
 
 
 def test_pictures_that_are_gone_are_counted_and_an_older_evaluation_is_told(tmp_path: Path) -> None:
@@ -286,6 +477,23 @@ def test_pictures_that_are_gone_are_counted_and_an_older_evaluation_is_told(tmp_
     page = page_of(run)
     assert "2 scenes could not be read" in page.text and page.count("img") == 28
     assert "The run has gone back since: step 2 is the last on record." in page.text
+
+
+def test_damaged_pictures_are_told_on_the_page_and_nowhere_else(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run")
+    pictures = run / "predictions" / "step-00000040"
+    for name, share in (("best-1.jpg", 0.5), ("best-2-truth.png", 0.9), ("worst-2-truth.png", 0.1), ("worst-3.jpg", 0)):
+        content = (pictures / name).read_bytes()
+        (pictures / name).write_bytes(content[: int(len(content) * share)])
+    flipped = bytearray((pictures / "median-1-truth.png").read_bytes())
+    flipped[len(flipped) // 2] ^= 255
+    (pictures / "median-1-truth.png").write_bytes(flipped)
+    capfd.readouterr()
+    page = page_of(run)
+    assert "5 scenes could not be read" in page.text and page.count("img") == 16
+    assert capfd.readouterr().err == ""
 
 
 def test_a_folder_that_holds_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ try:
     import matplotlib
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 except ImportError as error:
     raise UserError(
         f"a report is drawn by matplotlib, which cannot be imported ({error}); install it, with the extra that brings "
@@ -89,6 +89,14 @@ def to_svg(drawn: Figure, description: str) -> Html:
     rest = re.sub(r"<style.*?</style>", "", rest, flags=re.DOTALL)  # which would be the whole page's
     rest = re.sub(r"\s*\n\s*", " ", rest)
     return Html(f'<svg {box[0]} role="img" aria-label="{escape(description)}">{rest.strip()}')
+
+
+def steps_below(axes: Axes, first: float, final: float) -> None:
+    """Steps on the level axis, from `first` to `final`; whole ones, even around one step alone."""
+    margin = 0.05 * (final - first) or 1.0
+    axes.set_xlim(first - margin, final + margin)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.set_xlabel("step")
 
 
 def logarithmic(axes: Axes) -> None:

@@ -1,5 +1,6 @@
 """How well each class is found, and which are taken for which, of what an evaluation has left."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,10 @@ from numpy.typing import NDArray
 
 from fcn_dist.deploy.confusion import row_shares
 from fcn_dist.deploy.pictures import short_name
+from fcn_dist.errors import counted
 from fcn_dist.reporting.charts import MUTED, TEXT, drawing, new_chart, to_svg
-from fcn_dist.reporting.markup import Html, element, figure, join, table
-from fcn_dist.reporting.rundata import RunData
+from fcn_dist.reporting.markup import Html, element, figure, join, note, table
+from fcn_dist.reporting.rundata import EVALUATION, RunData
 
 SIDE = 4.0  # inches of the confusion matrix
 NAMED = 40  # classes that can have their names beside the matrix
@@ -30,6 +32,23 @@ class Confusion:
     of_all: float  # share of all labelled pixels
 
 
+def shown_names(classes: Sequence[str]) -> list[str]:
+    """Short names; whole ones where the short ones of different classes would be alike."""
+    short = {name: short_name(name) for name in classes}
+    shared = Counter(short.values())
+    return [short[name] if shared[short[name]] == 1 else name for name in classes]
+
+
+def no_evaluation(run: RunData) -> Html:
+    """Why there are no classes and scenes of a run."""
+    if not run.evaluation_unread:
+        return note("No evaluation has left its classes and scenes in the run folder: an evaluation in training does.")
+    return note(
+        f"{run.folder / EVALUATION} is there and cannot be read: it is damaged, or of other classes than the run's. "
+        "The next evaluation in training replaces it."
+    )
+
+
 def per_cent(share: float | None, digits: int = 1) -> str:
     """As people read it; "-" for what there is not."""
     return "-" if share is None else f"{100 * share:.{digits}f} %"
@@ -39,15 +58,16 @@ def bars(evaluation: dict[str, Any]) -> Html:
     """Classes by IoU, each with a bar and its share of the labelled pixels; those that are nowhere come last."""
     classes = sorted(evaluation["classes"], key=lambda one: -1.0 if one["iou"] is None else one["iou"], reverse=True)
     labelled = sum(one["truth_pixels"] for one in classes) or 1
+    names = shown_names([one["name"] for one in classes])
     rows = [
         (
-            short_name(one["name"]),
+            name,
             bar(one["iou"]),
             per_cent(one["iou"]),
             per_cent(one["accuracy"]),
             per_cent(one["truth_pixels"] / labelled, 2),
         )
-        for one in classes
+        for one, name in zip(classes, names, strict=True)
     ]
     head = ("class", "IoU", None, "found", "pixels")
     return figure(
@@ -66,7 +86,7 @@ def bar(share: float | None) -> Html:
 
 def confusions(counts: NDArray[np.int64], classes: Sequence[str], most: int = CONFUSIONS) -> list[Confusion]:
     """The pairs of classes that cost the most pixels, of (N + 1, N + 1) counts; truth "other" is not scored."""
-    names = ["other", *(short_name(name) for name in classes)]
+    names = ["other", *shown_names(classes)]
     wrong = counts.copy()
     np.fill_diagonal(wrong, 0)
     wrong[0] = 0
@@ -106,7 +126,7 @@ def confusion(run: RunData, evaluation: dict[str, Any]) -> Html:
                 "square root of the share, since most confusions are a few per cent. Gray rows do not occur in the "
                 f"truth.{' Classes are in the order of their labels, too many to be named here.' if many else ''}",
             ),
-            figure(f"The {len(rows)} costliest confusions", named, "The first costs the most pixels."),
+            figure(f"The {counted(len(rows), 'costliest confusion')}", named, "The first costs the most pixels."),
         ]
     )
 
@@ -114,7 +134,7 @@ def confusion(run: RunData, evaluation: dict[str, Any]) -> Html:
 def matrix(counts: NDArray[np.int64], classes: Sequence[str], name: str) -> Html:
     """Shares of rows; "other" is shown if anything is predicted to be it."""
     first = 0 if counts[1:, 0].any() else 1
-    names = ["other", *(short_name(one) for one in classes)][first:]
+    names = ["other", *shown_names(classes)][first:]
     shares = np.sqrt(row_shares(counts[first:, first:]))
     with drawing(f"confusion {name}"):
         drawn, axes = new_chart(0.9 * SIDE, SIDE)

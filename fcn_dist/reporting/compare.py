@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from fcn_dist.deploy.pictures import short_name
-from fcn_dist.reporting.classes import per_cent
+from fcn_dist.errors import counted
+from fcn_dist.reporting.classes import no_evaluation, per_cent, shown_names
 from fcn_dist.reporting.history import configuration, figures
-from fcn_dist.reporting.markup import Html, element, note, table
+from fcn_dist.reporting.markup import Html, element, join, note, table
 from fcn_dist.reporting.rundata import RunData
 
 ABSENT = "-"
@@ -29,16 +29,21 @@ def differences(runs: Sequence[RunData]) -> Html:
             rows.append((key, *(value if value == values[0] else element("mark", value) for value in values)))
     if not rows:
         return note("The runs have one configuration.")
-    count = f"{len(keys) - len(rows)} further values are the same in all; marked is what differs from the first run."
+    same = counted(len(keys) - len(rows), "further value")
+    count = f"The same in all: {same}. Marked is what differs from the first run."
     return Html(table(("key", *(run.name for run in runs)), rows, class_="keys") + note(count))
 
 
 def classes_side_by_side(runs: Sequence[RunData]) -> Html:
     """IoU of each class in each run's last evaluation."""
+    damaged = [no_evaluation(run) for run in runs if run.evaluation_unread]
     shown = [run for run in runs if run.evaluation]
     if not shown:
-        return note("No evaluation has left its classes in any of the run folders.")
+        return join(damaged or [note("No evaluation has left its classes in any of the run folders.")])
     by_name = [{one["name"]: one["iou"] for one in run.evaluation["classes"]} for run in shown if run.evaluation]
     names = list(dict.fromkeys(name for run in shown for name in run.classes))
-    rows = [(short_name(name), *(per_cent(found.get(name)) for found in by_name)) for name in names]
-    return table(("class", *(run.name for run in shown)), rows, class_="figures")
+    rows = [
+        (label, *(per_cent(found.get(name)) for found in by_name))
+        for name, label in zip(names, shown_names(names), strict=True)
+    ]
+    return join([table(("class", *(run.name for run in shown)), rows, class_="figures"), *damaged])

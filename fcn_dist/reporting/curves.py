@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
-from fcn_dist.reporting.charts import INK, MUTED, SERIES, drawing, logarithmic, new_chart, to_svg
+from fcn_dist.errors import counted
+from fcn_dist.reporting.charts import INK, MUTED, SERIES, drawing, logarithmic, new_chart, steps_below, to_svg
 from fcn_dist.reporting.markup import Html, element, figure, join, note
 from fcn_dist.reporting.rundata import Line, RunData, Values, values
 
@@ -43,6 +43,21 @@ class Curve:
             figures[~(figures > 0)] = np.nan
         return values(lines, "step"), figures
 
+    def is_smoothed(self, run: RunData) -> bool:
+        """Whether there are so many figures that their mean is drawn before them."""
+        return self.smoothed and np.isfinite(thinned(*self.series(run))[1]).sum() >= SMOOTHED_FROM
+
+    def crosses(self, run: RunData) -> Values:
+        """Steps that have no figure where others have one: it was not finite.
+
+        A line tells of the loss of several steps, so those that were skipped are told of one by one.
+        """
+        steps, figures = self.series(run)
+        found = np.isfinite(figures)
+        if self.name == MARKED:
+            return np.union1d(steps[~found], run.skipped)
+        return steps[~found] if found.any() else steps[:0]
+
 
 CURVES = (
     Curve(MARKED, "Loss", ("loss",), smoothed=True),
@@ -68,8 +83,8 @@ def curves(runs: Sequence[RunData]) -> Html:
     if drawn:
         parts.append(element("div", *drawn, class_="charts"))
     if missing:
-        parts.append(note(f"Not on record: {'; '.join(missing)}."))
-    if not any(run.scored for run in runs):
+        parts.append(note(f"Without a finite figure on record: {'; '.join(missing)}."))
+    if any(run.recorded for run in runs) and not any(run.scored for run in runs):
         setting = element("code", "evaluate.every=N")
         parts.append(note("No evaluation is on record yet; ", setting, " gives one every N steps."))
     return join(parts)
@@ -88,11 +103,9 @@ def draw(curve: Curve, runs: Sequence[RunData]) -> Html:
         drawn, axes = new_chart(HEIGHT)
         for number, run in enumerate(runs):
             _line(axes, curve, run, SERIES[number % len(SERIES)], dashed=number >= len(SERIES))
-        low, high = axes.get_xlim()
-        if high - low < 2:  # one step alone, around which a chart would have fractions of steps
-            axes.set_xlim(round((low + high) / 2) - 1, round((low + high) / 2) + 1)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.set_xlabel("step")
+        # All charts have the same steps, whatever of them there is no figure of.
+        every = [step for run in runs for step in run.steps_on_record]
+        steps_below(axes, min(every), max(every))
         if curve.from_zero:
             axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
         if curve.logarithmic:
@@ -100,20 +113,29 @@ def draw(curve: Curve, runs: Sequence[RunData]) -> Html:
         if len(runs) == 1:
             _restarts(axes, runs[0])
             if curve.name == MARKED:
-                marks = [int(line["step"]) for line in runs[0].scored]
-                axes.plot(
-                    marks, [0.03] * len(marks), "^", color=INK, markersize=4, transform=axes.get_xaxis_transform()
-                )
+                _marks(axes, values(runs[0].scored, "step"), 0.03, "^", INK)
         return to_svg(drawn, describe(curve, runs))
 
 
 def _line(axes: Axes, curve: Curve, run: RunData, colour: str, dashed: bool) -> None:
     steps, figures = thinned(*curve.series(run))
-    dots = "o" if np.isfinite(figures).sum() <= 25 else None
-    if curve.smoothed and len(figures) >= SMOOTHED_FROM:
+    dots = dots_of(figures)
+    if curve.is_smoothed(run):
         axes.plot(steps, figures, color=colour, alpha=0.3, linewidth=0.8)
-        figures, dots = smooth(figures, len(figures) // 20), None
+        figures = smooth(figures, len(figures) // 20)
     axes.plot(steps, figures, color=colour, marker=dots, markersize=3, linestyle=DASHES if dashed else "-")
+    _marks(axes, curve.crosses(run), 0.97, "x", colour)
+
+
+def dots_of(figures: Values) -> str | None:
+    """The marker of each figure, where there are so few that lines alone may not show them."""
+    return "o" if np.isfinite(figures).sum() <= 25 else None
+
+
+def _marks(axes: Axes, steps: Values, height: float, shape: str, colour: str) -> None:
+    """At these steps, at a share of the chart's height."""
+    place = axes.get_xaxis_transform()
+    axes.plot(steps, np.full(len(steps), height), shape, color=colour, markersize=4, transform=place)
 
 
 def _restarts(axes: Axes, run: RunData) -> None:
@@ -133,11 +155,12 @@ def caption(curve: Curve, runs: Sequence[RunData]) -> str | None:
         said.append("Triangles: evaluations.")
     if len(runs) == 1 and curve.name == MARKED and restarts(runs[0]):
         said.append("Dotted lines, here and below: restarts.")
-    if curve.smoothed and any(min(len(curve.lines(run)), POINTS) >= SMOOTHED_FROM for run in runs):
+    if any(curve.is_smoothed(run) for run in runs):
         said.append("Faint: as logged; strong: mean of neighbours.")
-    nulls = sum(int(np.isnan(curve.series(run)[1]).sum()) for run in runs)
-    if nulls:
-        said.append(f"{nulls} figures are null on record, or not above 0, and left out.")
+    crosses = sum(len(curve.crosses(run)) for run in runs)
+    if crosses:
+        above = " above 0" if curve.logarithmic else ""
+        said.append(f"Crosses: {counted(crosses, 'step')} without a finite figure{above}.")
     return " ".join(said) or None
 
 
@@ -152,6 +175,8 @@ def describe(curve: Curve, runs: Sequence[RunData]) -> str:
             told.append(
                 f"{run.name}: {first:.4g} at step {steps[found][0]:g}, {final:.4g} at step {steps[found][-1]:g}"
             )
+        if len(crosses := curve.crosses(run)):
+            told.append(f"{counted(len(crosses), 'step')} without a finite figure, the last of them {crosses[-1]:g}")
     return f"{curve.title}. {'; '.join(told)}"
 
 

@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator
 
-from fcn_dist.reporting.charts import INK, MUTED, SERIES, drawing, new_chart, to_svg
-from fcn_dist.reporting.curves import thinned
+from fcn_dist.reporting.charts import INK, MUTED, SERIES, drawing, new_chart, steps_below, to_svg
+from fcn_dist.reporting.curves import dots_of, thinned
 from fcn_dist.reporting.markup import Html, element, figure, note
 from fcn_dist.reporting.rundata import Look, RunData, Values
 
@@ -128,14 +128,14 @@ def _heat_map(looks: Sequence[Look], layers: Sequence[Layer], shares: Values, na
         trunk = sum(layer.in_trunk for layer in layers)
         if 0 < trunk < len(layers):
             axes.axhline(trunk - 0.5, color=INK, linewidth=1.2)
-        _steps_below(axes, [looks[column].step for column in columns])
+        _columns_below(axes, [looks[column].step for column in columns])
         bar = drawn.colorbar(image, ax=axes, pad=0.02, aspect=30, ticks=range(LOWEST, 1))
         bar.ax.set_yticklabels([f"{10.0**power:g}" for power in range(LOWEST, 1)])
         bar.outline.set_edgecolor(MUTED)
         return to_svg(drawn, f"Share of the squared gradient by layer and step. {describe(looks, layers, shares)}")
 
 
-def _steps_below(axes: Axes, steps: Sequence[int]) -> None:
+def _columns_below(axes: Axes, steps: Sequence[int]) -> None:
     """Columns are looks, whose steps need not be evenly spread."""
     shown = sorted({round(place) for place in np.linspace(0, len(steps) - 1, min(6, len(steps)))})
     axes.xaxis.set_major_locator(FixedLocator(shown))
@@ -149,8 +149,10 @@ def _head_and_trunk(looks: Sequence[Look], layers: Sequence[Layer], shares: Valu
     with drawing(f"parts {name}"):
         drawn, axes = new_chart(2.1)
         for number, (part, share) in enumerate((("head", head), ("trunk", 100 - head))):
-            axes.plot(*thinned(steps, share), color=SERIES[number], label=part)
+            places, shown = thinned(steps, share)
+            marker = dots_of(shown)
+            axes.plot(places, shown, color=SERIES[number], marker=marker, markersize=3, clip_on=False, label=part)
         axes.set_ylim(0, 100)
-        axes.set_xlabel("step")
+        steps_below(axes, steps[0], steps[-1])
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
         return to_svg(drawn, describe(looks, layers, shares))

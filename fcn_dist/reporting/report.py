@@ -5,12 +5,12 @@ from pathlib import Path
 
 from fcn_dist.errors import UserError
 from fcn_dist.files import write_text
-from fcn_dist.reporting.classes import bars, confusion
+from fcn_dist.reporting.classes import bars, confusion, no_evaluation
 from fcn_dist.reporting.compare import classes_side_by_side, differences, side_by_side
 from fcn_dist.reporting.curves import curves
 from fcn_dist.reporting.depth import depth
 from fcn_dist.reporting.history import configuration_table, figures, how_to_run_again, state
-from fcn_dist.reporting.markup import Html, Part, element, join, note
+from fcn_dist.reporting.markup import Html, Part, element, join
 from fcn_dist.reporting.rundata import RunData, read_runs
 from fcn_dist.reporting.scenes import gallery
 from fcn_dist.reporting.style import css
@@ -60,8 +60,9 @@ def page(runs: Sequence[RunData]) -> str:
 def _one(run: RunData) -> list[Part]:
     model = run.record.model["config"]
     tiles = [element("div", element("b", value), element("span", name)) for name, value in figures(run).items()]
+    many = len(run.classes)
     what = (
-        f"{model['variant']} on {model['backbone']}, {len(run.classes)} classes, seed "
+        f"{model['variant']} on {model['backbone']}, {many} class{'' if many == 1 else 'es'}, seed "
         f"{run.record.recipe['train']['seed']}. {state(run)}"
     )
     return [
@@ -79,11 +80,10 @@ def _evaluated(run: RunData) -> list[Part]:
     """The classes and scenes of the last evaluation."""
     evaluation = run.evaluation
     if evaluation is None:
-        why = "No evaluation has left its classes and scenes in the run folder: an evaluation in training does."
-        return [_section("Classes and scenes", note(why))]
+        return [_section("Classes and scenes", no_evaluation(run))]
     scored = f"{evaluation['num_samples']} of {evaluation['set_size']} {evaluation['split']} scenes"
     told = [f"Of the evaluation after step {evaluation['step']:,}, {scored}, with the {evaluation['weights']} weights."]
-    if evaluation["step"] > run.steps:
+    if run.recorded and evaluation["step"] > run.steps:
         told.append(f"The run has gone back since: step {run.steps:,} is the last on record.")
     of_what = element("p", " ".join(told), class_="small")
     charts = element("div", bars(evaluation), element("div", confusion(run, evaluation)), class_="charts classes")

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,36 @@ class RunData:
     others: Counter[str] = field(default_factory=Counter)  # other events, and how often
     seconds: float = 0.0  # of all starts, each up to its last line
     last_time: float | None = None  # of the last line, in seconds since 1970
-    unread: int = 0  # whole lines that are no event
+    skipped: list[int] = field(default_factory=list)  # steps that were not finite, and changed no weight
+    unread: int = 0  # whole lines that are no event, or have figures that are none
     evaluation: dict[str, Any] | None = None  # what predictions/ holds
+    evaluation_unread: bool = False  # there is one, which is damaged or does not fit the run
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the journal tells of any start or step."""
+        return bool(self.starts or self.trained or self.scored)
+
+    @property
+    def steps_on_record(self) -> list[int]:
+        """Those that figures or scores are of, or that were skipped."""
+        return [*(int(line["step"]) for line in (*self.trained, *self.scored)), *self.skipped]
 
     @property
     def steps(self) -> int:
         """The last step on record."""
-        return max((int(line["step"]) for line in (*self.trained, *self.scored)), default=0)
+        return max(self.steps_on_record, default=0)
+
+    @property
+    def allowed_skips(self) -> int:
+        """Steps that may not be finite before training ends."""
+        return int(self.record.recipe["train"]["max_skipped_steps"])
+
+    @property
+    def diverged(self) -> bool:
+        """Whether training ended at a step that was not finite: of that one, which is one too many, no line tells."""
+        beyond = bool(self.skipped) and all(line["step"] < self.skipped[-1] for line in self.trained)
+        return beyond and len(self.skipped) > self.allowed_skips
 
     @property
     def finished(self) -> bool:
@@ -89,13 +112,15 @@ def read_run(folder: Path, name: str) -> RunData:
             run.trained.append(line)
         elif event == "evaluate":
             run.scored.append(line)
-        elif event == "layers" and "layers" in line:
+        elif event == "layers":
             run.looks.append(_look(line))
         else:
             run.others[event] += 1
+            if event == "not_finite":
+                run.skipped.append(int(line["step"]))
         run.seconds += max(0.0, time - run.last_time) if began is not None and run.last_time is not None else 0.0
         run.last_time = time
-    run.evaluation = _evaluation(folder / EVALUATION, len(run.classes))
+    _read_evaluation(run)
     return run
 
 
@@ -108,26 +133,57 @@ def _lines(path: Path, run: RunData) -> Iterator[Line]:
             if not text.endswith("\n"):
                 return  # it is being written, or a kill has cut it
             line = parse_line(text)
-            if line is not None:
+            if line is not None and _is_whole(line):
                 yield line
             else:
                 run.unread += 1
 
 
+def _is_whole(line: Line) -> bool:
+    """Whether what is read of an event is of the types that training writes."""
+    match line["event"]:
+        case "start":
+            return all(isinstance(line.get(key, 1), int) for key in ("world_size", "steps"))
+        case "train":
+            return _are_figures(value for key, value in line.items() if key != "event")
+        case "evaluate":
+            return isinstance(line.get("official"), dict) and _are_figures(line["official"].values())
+        case "layers":
+            layers = line.get("layers")
+            return isinstance(layers, dict) and _are_figures(_norm(seen) for seen in layers.values())
+    return True
+
+
+def _are_figures(found: Iterable[Any]) -> bool:
+    return all(value is None or isinstance(value, (int, float)) for value in found)
+
+
+def _norm(seen: Any) -> Any:
+    """Of a layer's gradient; what is no figure where there is none."""
+    gradient = seen.get("gradient") if isinstance(seen, dict) else None
+    return gradient.get("norm", "") if isinstance(gradient, dict) else ""
+
+
 def _look(line: Line) -> Look:
-    norms = {name: seen["gradient"]["norm"] for name, seen in line["layers"].items()}
+    norms = {name: _norm(seen) for name, seen in line["layers"].items()}
     return Look(int(line["step"]), {name: np.nan if norm is None else float(norm) for name, norm in norms.items()})
 
 
-def _evaluation(path: Path, num_classes: int) -> dict[str, Any] | None:
+def _read_evaluation(run: RunData) -> None:
     """What training left of its last evaluation, if it did, and it fits the run."""
+    num_classes = len(run.classes)
     try:
-        found = json.loads(path.read_text())
-        whole = np.array(found["confusion"]).shape == (num_classes + 1, num_classes + 1)
+        found = json.loads((run.folder / EVALUATION).read_text())
+        whole = np.array(found["confusion"], np.int64).shape == (num_classes + 1, num_classes + 1)
         whole = whole and len(found["classes"]) == num_classes and isinstance(found["scenes"], list)
-        return dict(found) if whole else None
+    except FileNotFoundError:
+        return
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        whole = False
+    if whole:
+        run.evaluation = found
+    else:
+        run.evaluation_unread = True
 
 
 def values(lines: Sequence[Line], *keys: str) -> Values:

@@ -8,11 +8,12 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from fcn_dist.deploy.colours import Colour, distinct
-from fcn_dist.deploy.pictures import overlay, short_name
-from fcn_dist.errors import UserError
-from fcn_dist.reporting.classes import per_cent
+from fcn_dist.deploy.pictures import overlay
+from fcn_dist.errors import UserError, counted
+from fcn_dist.reporting.classes import per_cent, shown_names
 from fcn_dist.reporting.markup import Html, element, join, note
 from fcn_dist.reporting.rundata import EVALUATION, RunData
 
@@ -21,6 +22,7 @@ LONGEST_SIDE = 360  # pixels of a picture on the page
 QUALITY = 82  # of its JPEG
 WRONG, UNLABELLED = (230, 40, 60), (90, 90, 90)
 GROUPS = {"best": "Best", "median": "In the middle", "worst": "Worst"}
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # of Pillow
 KINDS = ("image", "truth", "prediction", "errors")
 
 
@@ -35,7 +37,7 @@ def gallery(run: RunData, evaluation: dict[str, Any]) -> Html:
         try:
             images = _read(folder, scene)
             pictures = _pictures(images, colours)
-        except (OSError, UserError):
+        except UserError:
             lost += 1
             continue
         seen |= set(np.unique(images[1]).tolist()) | set(np.unique(images[2]).tolist())
@@ -46,7 +48,7 @@ def gallery(run: RunData, evaluation: dict[str, Any]) -> Html:
     for group, scenes in groups.items():
         parts += [element("h3", GROUPS.get(group, group)), *scenes]
     if lost:
-        parts.append(note(f"{lost} scenes could not be read from {folder}."))
+        parts.append(note(f"{counted(lost, 'scene')} could not be read from {folder}."))
     if not evaluation["scenes"]:
         setting = element("code", "evaluate.scenes=9")
         parts.append(note("No scenes were kept of this evaluation; ", setting, " keeps nine."))
@@ -56,14 +58,13 @@ def gallery(run: RunData, evaluation: dict[str, Any]) -> Html:
 def _read(folder: Path, scene: dict[str, Any]) -> tuple[Picture, Picture, Picture]:
     """Image, truth and prediction, shrunk alike."""
     read = []
-    for kind, flags in (
-        ("image", cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION),
-        ("truth", cv2.IMREAD_GRAYSCALE),
-        ("prediction", cv2.IMREAD_GRAYSCALE),
-    ):
-        array = cv2.imdecode(np.frombuffer((folder / scene[kind]).read_bytes(), np.uint8), flags)
-        if array is None:
-            raise UserError(f"{folder / scene[kind]} is no picture; evaluate again")
+    for kind, mode in (("image", "RGB"), ("truth", "L"), ("prediction", "L")):
+        # Not by OpenCV, which writes of damaged files to standard error, and its libpng does whatever the log level.
+        try:
+            with Image.open(folder / scene[kind]) as file:
+                array = np.array(file.convert(mode))
+        except UNREADABLE as error:
+            raise UserError(f"{folder / scene[kind]} is no picture ({error}); evaluate again") from error
         height, width = array.shape[:2]
         scale = min(1.0, LONGEST_SIDE / max(height, width))
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -110,14 +111,17 @@ def _img(picture: Picture, description: str) -> Html:
 
 
 def _legend(labels: Sequence[int], classes: Sequence[str], colours: Sequence[Colour]) -> Html:
-    entries = [
-        element(
-            "li",
-            element("span", class_="swatch", style="background:rgb({},{},{})".format(*colours[label - 1])),
-            short_name(classes[label - 1]),
-        )
-        for label in labels
-    ]
-    entries.append(element("li", element("span", class_="swatch", style="background:rgb(195,70,80)"), "wrong"))
-    entries.append(element("li", element("span", class_="swatch", style="background:rgb(60,60,60)"), "not labelled"))
-    return element("ul", *entries, class_="legend")
+    """Of the classes, and apart from it that of the errors: a class may have the colour of what is wrong."""
+    names = shown_names(classes)
+    of_classes = [_entry(colours[label - 1], names[label - 1]) for label in labels]
+    of_errors = [_entry((195, 70, 80), "wrong"), _entry((60, 60, 60), "not labelled")]
+    return join(
+        [
+            element("ul", element("li", "Classes, in truth and prediction:"), *of_classes, class_="legend"),
+            element("ul", element("li", "In the errors alone, whatever the class:"), *of_errors, class_="legend"),
+        ]
+    )
+
+
+def _entry(colour: Colour, name: str) -> Html:
+    return element("li", element("span", class_="swatch", style="background:rgb({},{},{})".format(*colour)), name)
