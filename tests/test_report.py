@@ -365,7 +365,7 @@ def test_a_start_s_command_comes_with_the_folder_that_it_was_made_in(tmp_path: P
     text_of(tmp_path, "run", [starts[0], trained(2), starts[1], trained(4)])
     text = (tmp_path / "run" / "report.html").read_text()
     commands = ["".join(Page(one.split("</pre>")[0]).texts) for one in text.split("<pre ")[1:]]
-    # A start of a run before folders were on record has none.
+    # A line that does not tell of one.
     assert [len(one.splitlines()) for one in commands] == [1, 2]
     assert shlex.split(commands[1].splitlines()[0].partition(">")[2]) == ["cd", "/data/<b>my</b> runs; ls"]
     young = write_run(tmp_path / "young", [])
