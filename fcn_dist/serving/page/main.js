@@ -1,6 +1,6 @@
 // The page: images come in, are labelled and looked at, and go out as files.
 
-import { label, load, newImage } from "./images.js";
+import { decode, label, newImage } from "./images.js";
 import { paletteOf, perCent } from "./mask.js";
 import { Stage, swatch } from "./stage.js";
 import { drawThumbnail, newEntry, showEntry } from "./strip.js";
@@ -9,7 +9,8 @@ const MOST_KNOWN = 30; // classes named before there is an image
 const find = (id) => document.getElementById(id);
 const model = await (await fetch("/model")).json();
 const shortName = (number) => (number ? model.classes[number - 1].short_name : "other");
-const stage = new Stage(model, paletteOf(model.classes), { point: mark, pick: isolate });
+const palette = paletteOf(model.classes);
+const stage = new Stage(model, palette, { point: mark, pick: isolate });
 const images = [];
 let current = null;
 let working = false;
@@ -29,17 +30,32 @@ async function work() {
   if (working) return;
   working = true;
   for (let item; (item = images.find(({ state }) => state === "waiting")); ) {
-    item.state = "busy";
-    showEntry(item);
-    await load(item);
-    drawThumbnail(item);
-    if (item === current) refresh();
-    await label(item, model);
-    drawThumbnail(item);
-    showEntry(item);
-    if (item === current) refresh();
+    await process(item).catch(({ message }) => update(item, { state: "failed", message }));
   }
   working = false;
+}
+
+async function process(item) {
+  update(item, { state: "busy" });
+  await load(item);
+  update(item, await label(item, model));
+  drawThumbnail(item, palette);
+}
+
+function update(item, news) {
+  Object.assign(item, news);
+  showEntry(item);
+  if (item === current) refresh();
+}
+
+// Once, when the image is first selected or worked on.
+function load(item) {
+  item.loaded ??= decode(item.file).then((bitmap) => {
+    item.bitmap = bitmap;
+    drawThumbnail(item, palette);
+    if (item === current) refresh();
+  });
+  return item.loaded;
 }
 
 function select(item) {
@@ -48,16 +64,19 @@ function select(item) {
   for (const one of images) one.entry.firstChild.setAttribute("aria-current", one === item);
   item?.entry.scrollIntoView({ block: "nearest", inline: "nearest" });
   refresh();
+  if (item) load(item);
 }
 
 function refresh() {
   document.body.classList.toggle("empty", !images.length);
   find("strip").hidden = !images.length;
-  find("bench").hidden = !current || current.state === "failed";
+  const failed = current?.state === "failed";
+  find("bench").hidden = !current;
+  find("bench").classList.toggle("failed", failed);
   const message = current?.message || "";
   if (find("message").textContent !== message) find("message").textContent = message;
   find("message").hidden = !message;
-  if (!current) return;
+  if (!current || failed) return;
   find("caption").textContent = current.labels
     ? `${current.name}, ${current.width} × ${current.height}`
     : current.name;
@@ -119,8 +138,10 @@ function go(steps) {
 function remove() {
   const at = images.indexOf(current);
   images.splice(at, 1);
+  current.removal.abort();
   current.entry.remove();
   current.bitmap?.close();
+  current.bitmap = null;
   select(images[at] || images[at - 1] || null);
   (current ? current.entry.firstChild : find("files")).focus();
 }
@@ -171,6 +192,7 @@ addEventListener("keydown", (event) => {
   if (event.target.type === "range" || event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.key === "ArrowLeft") go(-1);
   else if (event.key === "ArrowRight") go(1);
+  else if (event.key === "Delete" && current && !event.repeat) remove();
   else if (event.key === "Escape" && stage.alone !== null) isolate(stage.alone);
 });
 

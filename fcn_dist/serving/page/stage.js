@@ -4,6 +4,7 @@ import { paint, perCent } from "./mask.js";
 
 const find = (id) => document.getElementById(id);
 const TIP_GAP = 14;
+const WORDS = { waiting: "waiting …", busy: "labelling …" };
 
 export class Stage {
   // `point` is told the label under the pointer, or null; `pick` the label that was clicked.
@@ -24,15 +25,16 @@ export class Stage {
     });
   }
 
-  async show(item) {
+  show(item) {
     this.item = item;
     this.pointAt(null);
-    find("busy").hidden = item.state !== "busy" && item.state !== "waiting";
+    const words = WORDS[item.state];
+    find("busy").hidden = !words;
+    find("busy").textContent = words || "";
     const picture = find("image");
-    const [width, height] = item.labels ? [item.width, item.height] : [item.bitmap?.width, item.bitmap?.height];
-    if (!width) return;
-    this.root.style.setProperty("--aspect", width / height);
-    [picture.width, picture.height] = [width, height];
+    const { width, height } = (item.labels ? item : item.bitmap) || { width: 0, height: 0 };
+    [picture.width, picture.height] = [width, height]; // which clears it
+    if (width) this.root.style.setProperty("--aspect", width / height);
     if (item.bitmap) picture.getContext("2d").drawImage(item.bitmap, 0, 0);
     this.root.classList.toggle("enlarged", width * 2 < this.root.clientWidth);
     this.repaint();

@@ -1,5 +1,7 @@
 // The row of images: a button each, with a small picture, its name and how far it is.
 
+import { paint } from "./mask.js";
+
 const WIDTH = 168;
 const HEIGHT = 120;
 const WORDS = { waiting: "waits", busy: "is being labelled", done: "labelled", failed: "failed" };
@@ -25,10 +27,19 @@ export function showEntry({ entry, name, state }) {
   button.lastChild.textContent = state === "failed" ? `⚠ ${name}` : name;
 }
 
-export function drawThumbnail({ entry, bitmap }) {
-  if (!bitmap) return;
-  const scale = Math.max(WIDTH / bitmap.width, HEIGHT / bitmap.height);
-  const [width, height] = [bitmap.width * scale, bitmap.height * scale];
-  const context = entry.querySelector("canvas").getContext("2d");
-  context.drawImage(bitmap, (WIDTH - width) / 2, (HEIGHT - height) / 2, width, height);
+// Of the image, or of its mask where that is all there is to see.
+export function drawThumbnail(item, palette) {
+  const source = item.bitmap || (item.labels && maskOf(item, palette));
+  if (!source) return;
+  const scale = Math.max(WIDTH / source.width, HEIGHT / source.height);
+  const [width, height] = [source.width * scale, source.height * scale];
+  const context = item.entry.querySelector("canvas").getContext("2d");
+  context.clearRect(0, 0, WIDTH, HEIGHT);
+  context.drawImage(source, (WIDTH - width) / 2, (HEIGHT - height) / 2, width, height);
+}
+
+function maskOf(item, palette) {
+  const canvas = document.createElement("canvas");
+  paint(canvas, item, palette, null);
+  return canvas;
 }
