@@ -141,6 +141,12 @@ def test_the_probe_is_compared_whole(tmp_path: Path) -> None:
     assert assert_found(tmp_path, models) == 1
 
 
+def test_a_file_that_someone_has_put_beside_them_is_none_of_the_checkpoint_s(tmp_path: Path) -> None:
+    _, models = saved(tmp_path)
+    (tmp_path / "checkpoints" / "step-00000002" / "deepspeed" / "notes.pt").write_bytes(b"my own")
+    assert assert_found(tmp_path, models) == 2
+
+
 def test_storages_are_told_by_their_bytes(tmp_path: Path) -> None:
     kept = {"row": torch.arange(12.0), "column": torch.rand(3, 4).T, "none": torch.empty(0)}
     torch.save(kept, tmp_path / "kept.pt")

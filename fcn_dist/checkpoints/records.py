@@ -73,8 +73,12 @@ def check_storages(tensors: Iterable[Tensor], folder: Path) -> None:
 
 
 def _records(path: Path) -> list[ZipInfo]:
-    with _zip_of(path) as file:
-        return file.infolist()
+    """None of what is no file of torch's: a storage that is not recorded elsewhere was not read from it."""
+    try:
+        with _zip_of(path) as file:
+            return file.infolist()
+    except ValueError:
+        return []
 
 
 def _zip_of(path: Path) -> ZipFile:

@@ -93,7 +93,7 @@ def _claim(output: Path, owner: str, owners: dict[Path, str]) -> None:
     if output in owners:
         raise UserError(
             f"{owners[output]} and {owner} would both be written to {output}; different names are needed; rename one, "
-            "or give them different output folders in two runs"
+            "choose images with a pattern such as '*.jpg', or give them different output folders in two runs"
         )
     owners[output] = owner
 
