@@ -17,6 +17,15 @@ FLUSHED_EVERY = 0.1  # seconds; each time costs, as a file that grows has its si
 OBSTACLES = {errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT}
 
 
+def obstacle_in(error: BaseException) -> int | None:
+    """The number of the obstacle that an error tells of; None if of none. Torch's errors quote the system's words."""
+    if isinstance(error, OSError):
+        return error.errno if error.errno in OBSTACLES else None
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM
+    return next((number for number in OBSTACLES if os.strerror(number) in str(error)), None)
+
+
 @contextmanager
 def replacing(path: Path, flush: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to disk and rename it, else remove it.

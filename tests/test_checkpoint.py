@@ -1,5 +1,6 @@
 """Checkpoints as files: whole or not there, and whatever is damaged is passed over with the reason."""
 
+import errno
 import hashlib
 import json
 import os
@@ -328,6 +329,55 @@ def test_a_score_of_another_step_is_not_the_checkpoints_own(tmp_path: Path) -> N
     retain(tmp_path, scored(tmp_path, 10, 0.9, measured_at=8), config)
     retain(tmp_path, save(tmp_path, 15), config)
     assert kept(tmp_path) == [5, 15]
+
+
+def test_one_that_may_be_the_best_and_cannot_be_read_is_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CheckpointConfig(keep=1, keep_best=1)
+    retain(tmp_path, scored(tmp_path, 5, 0.9), config)
+    newest, read_text = scored(tmp_path, 10, 0.3), Path.read_text
+
+    def refuse(path: Path) -> str:
+        if path.parent.name == "step-00000005":
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+        return read_text(path)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(OSError, match="Too many open files"):
+        retain(tmp_path, newest, config)
+    monkeypatch.undo()
+    assert kept(tmp_path) == [5, 10]
+
+
+def test_what_could_not_be_removed_is_removed_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CheckpointConfig(keep=1)
+    save(tmp_path, 5)
+
+    def fail(folder: Path) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(folder))
+
+    newest = save(tmp_path, 10)
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    with pytest.raises(OSError, match="busy"):
+        retain(tmp_path, newest, config)
+    monkeypatch.undo()
+    assert open_checkpoint(tmp_path)[0].state.step == 10 and len(names(tmp_path)) == 3
+    retain(tmp_path, save(tmp_path, 15), config)
+    assert names(tmp_path) == ["latest", "step-00000015"]
+
+
+def test_checkpoints_that_cannot_be_looked_for_are_not_taken_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 5)
+
+    def refuse(path: Path) -> None:  # for root, all can be read
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(PermissionError, match="checkpoints"):
+        open_checkpoint(tmp_path)
 
 
 def test_every_nth_is_kept_for_good(tmp_path: Path) -> None:

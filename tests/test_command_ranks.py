@@ -1,6 +1,7 @@
 """How a rank ends: with the exit code that it means, whatever torch's threads do; the interpreter is not taken down."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -77,6 +78,8 @@ def test_a_group_that_something_still_refers_to_does_not_meet_the_interpreters_e
         ("raise LostPeer('rank 1 is gone')", 1, "rank 1 is gone\n"),
         ("raise RuntimeError('a bug')", 1, "RuntimeError: a bug\n"),
         ("raise OSError(errno.ENOSPC, 'No space left', '/here')", 2, "choose a place on another disk\n"),
+        ("raise KeyboardInterrupt", -signal.SIGINT, "interrupted\n"),
+        ("raise SystemExit(3)", 3, ""),
     ],
 )
 def test_a_rank_that_fails_alone_says_so_and_goes(ending: str, code: int, said: str) -> None:
@@ -85,6 +88,17 @@ def test_a_rank_that_fails_alone_says_so_and_goes(ending: str, code: int, said: 
     assert process.stderr.endswith(said)
     assert process.stdout.startswith("buffered\nthreads ")
     assert "handlers run" not in process.stdout and "taken down" not in process.stdout
+
+
+def test_what_a_process_does_at_its_end_is_done_once_whenever_it_was_registered() -> None:
+    process = end("globals()['later'] = atexit.register(print, 'later')")
+    assert process.returncode == 0 and process.stdout.splitlines()[-2:] == ["later", "handlers run with 0"]
+
+
+def test_what_fails_after_the_ranks_came_to_their_end_is_a_failure() -> None:
+    script = SCRIPT.format(ending="pass").replace('run_script("stand_in")', "command([]) or 1 / 0")
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 1 and "ZeroDivisionError" in process.stderr
 
 
 def test_a_command_that_fails_before_it_joins_others_ends_as_any_other() -> None:

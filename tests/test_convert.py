@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from fcn_dist.deploy.convert import convert
 from fcn_dist.deploy.modelfile import read_model_file, write_model_file
 from fcn_dist.deploy.predict import Predictor
 from fcn_dist.errors import UserError
+from fcn_dist.files import OBSTACLES
 
 ROOT = Path(__file__).parents[1]
 
@@ -183,7 +185,8 @@ def test_places_that_no_file_can_have_are_refused_before_any_work(tmp_path: Path
 def test_what_is_read_is_never_written_to(tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "model.safetensors"
     save_run(run)
-    for name in ("run.json", "metrics.jsonl"):
+    (run / "predictions").mkdir()
+    for name in ("run.json", "metrics.jsonl", "predictions/evaluation.json"):
         (run / name).write_text("{}")
     step = run / "checkpoints" / "step-00000001"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
@@ -198,6 +201,7 @@ def test_what_is_read_is_never_written_to(tmp_path: Path) -> None:
         [run / "run.json"],
         [run / "metrics.jsonl"],
         [out, "--json", run / "run.json"],
+        [out, "--json", run / "predictions" / "evaluation.json"],
         [out, "--json", step / "manifest.json"],
     ):
         with pytest.raises(UserError, match=r"is a part of .*run, which is to be read"):
@@ -260,6 +264,28 @@ def test_options_may_stand_anywhere(tmp_path: Path) -> None:
     save_run(tmp_path / "run")
     command.main([str(tmp_path / "run"), "--step", "1", str(tmp_path / "m.safetensors"), "--dtype", "bfloat16"])
     assert (tmp_path / "m.safetensors").is_file()
+    (tmp_path / "m.safetensors").rename(tmp_path / "-m")
+    command.main(
+        ["--overwrite", "--json", str(tmp_path / "run.json"), "--", str(tmp_path / "run"), str(tmp_path / "-m")]
+    )
+    assert json.loads((tmp_path / "run.json").read_text())["model"].endswith("-m")
+
+
+@pytest.mark.parametrize("number", sorted(OBSTACLES))
+def test_what_torch_quotes_of_the_system_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    save_run(tmp_path / "run", step=1)
+    save_run(tmp_path / "run", step=2)
+
+    def load(path: Path, **_: Any) -> None:
+        if "00000002" in str(path):
+            raise RuntimeError(f"unable to open file <{path}> in read-only mode: {os.strerror(number)} ({number})")
+        raise AssertionError("an older checkpoint was taken")
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(UserError, match=rf"step-00000002.* cannot be read here \({re.escape(os.strerror(number))}\)"):
+        convert(tmp_path / "run", tmp_path / "model.safetensors")
 
 
 HELD = """

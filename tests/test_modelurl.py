@@ -1,7 +1,9 @@
 """Model files from elsewhere: fetched from a real server, and taken only with the hash that was stated."""
 
+import argparse
 import hashlib
 from pathlib import Path
+from typing import Any, cast
 
 import fsspec
 import loopback
@@ -9,6 +11,7 @@ import pytest
 from loopback import Site
 from tiny_models import DESCRIPTION, tiny_network
 
+from fcn_dist.commands import evaluate
 from fcn_dist.commands.entry import run_script
 from fcn_dist.deploy.modelfile import write_model_file
 from fcn_dist.deploy.modelurl import local_copy
@@ -139,3 +142,28 @@ def test_a_folder_stands_for_its_model_file(served: tuple[Site, str], tmp_path: 
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="has no model file"):
         local_copy(tmp_path / "empty")
+
+
+def test_what_is_no_file_is_refused_and_leaves_nothing(served: tuple[Site, str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the model's name is empty"):
+        local_copy("")
+    with pytest.raises(UserError, match=r"is no file; the address of a model file is needed"):
+        local_copy(f"file://{tmp_path}", served[1])
+    assert not list((tmp_path / "cache").rglob("*.partial"))
+
+
+def test_what_a_model_at_an_address_says_of_itself_is_shown(
+    served: tuple[Site, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    site, digest = served
+    assert run_script("convert", [f"{site.url}#sha256={digest}", "--show"]) == 0
+    assert "in float32" in capsys.readouterr().out
+
+
+def test_an_evaluation_does_not_tell_the_secrets_of_an_address(
+    served: tuple[Site, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, digest = served
+    monkeypatch.setattr(evaluate, "check_classes", lambda *_: None)
+    options = argparse.Namespace(model=f"{site.url}?key=secret#sha256={digest}", step=None, weights=None)
+    assert evaluate.load(options, cast(Any, None))[1] == site.url

@@ -189,11 +189,13 @@ def test_what_is_transparent_is_seen_on_white(tmp_path: Path, mode: str) -> None
     gray = np.array([[200, 50, 50]], np.uint8)
     alpha = np.array([[255, 0, 0 if mode == "P" else 51]], np.uint8)
     if mode == "P":
-        image = Image.fromarray(gray)
-        image.info["transparency"] = 50
+        image = Image.fromarray(np.array([[0, 1, 1]], np.uint8))
+        image.putpalette([200] * 3 + [50] * 3)
+        image.info["transparency"] = 1
     else:
         image = Image.merge("LA", [Image.fromarray(gray), Image.fromarray(alpha)]).convert(mode)
     image.save(tmp_path / "x.png")
+    assert Image.open(tmp_path / "x.png").mode == mode
     seen = 255 + (gray.astype(int) - 255) * alpha / 255
     assert np.abs(read_rgb(tmp_path / "x.png").astype(int) - seen[..., None]).max() <= 1
 
@@ -344,6 +346,11 @@ def test_what_is_no_image_by_its_name_is_told_of(
     run(model, images, "--output", tmp_path / "out")
     printed = " ".join(capsys.readouterr().out.split())
     assert f"passed over 2 files, by name no images: {images}/notes.txt, {images}/sub/three.heic" in printed
+    (images / "one.jpg").rename(images / "one.img")  # which is named, so that it is none of them
+    run(model, images / "one.img", "--output", tmp_path / "named", images)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "passed over 2 files" in printed and "one.img" in lines_of(tmp_path / "named")
+    (images / "one.img").rename(images / "one.jpg")
     run(model, images / "one.jpg", "--output", tmp_path / "one", images / "sub" / "two.a.b.PNG")  # in any order
     assert "passed over" not in capsys.readouterr().out and len(lines_of(tmp_path / "one")) == 2
 

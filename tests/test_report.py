@@ -287,21 +287,17 @@ def diverged(every: int, finite: int, allowed: int) -> list[dict[str, Any]]:
     events = [start(0, 1)]
     for step in range(1, finite + allowed + 2):
         if step > finite:
-            events.append({"event": "not_finite", "step": step, "time": 1000.0 + step, "what": "loss"})
+            events.append(
+                {"event": "not_finite", "step": step, "time": 1000.0 + step, "what": "loss", "allowed": allowed}
+            )
         if step % every == 0 and step <= finite + allowed:  # at one too many, training ends
             gone = {} if step - every < finite else {"loss": None, "gradient_norm": None}
             events.append(trained(step, **gone))
     return events
 
 
-def allowing(skips: int) -> dict[str, Any]:
-    """A recipe that allows so many steps that are not finite."""
-    recipe: dict[str, Any] = record()["recipe"]
-    return recipe | {"train": {"seed": 7, "max_skipped_steps": skips}}
-
-
 def test_a_run_that_diverged_says_so_and_shows_where(tmp_path: Path) -> None:
-    page = text_of(tmp_path, "run", diverged(1, 1, 10), recipe=allowing(10))
+    page = text_of(tmp_path, "run", diverged(1, 1, 10))
     assert "Training diverged and ended at step 12 of 40: 11 steps not finite, and" in page.text
     assert "train.max_skipped_steps allows 10" in page.text and "going on" not in page.text
     assert "not finite; 2.0000 at step 1 loss" in page.text
@@ -313,7 +309,7 @@ def test_a_run_that_diverged_says_so_and_shows_where(tmp_path: Path) -> None:
 
 
 def test_steps_that_are_not_finite_between_two_lines_are_shown_too(tmp_path: Path) -> None:
-    page = text_of(tmp_path, "run", diverged(10, 21, 4), recipe=allowing(4))
+    page = text_of(tmp_path, "run", diverged(10, 21, 4))
     assert "Training diverged and ended at step 26 of 40" in page.text
     assert "not finite; 0.1000 at step 20 loss" in page.text and "Crosses: 5 steps" in page.text
     several = page_of(tmp_path / "run", write_run(tmp_path / "other"))
@@ -322,14 +318,16 @@ def test_steps_that_are_not_finite_between_two_lines_are_shown_too(tmp_path: Pat
 
 def test_a_run_that_goes_on_after_steps_that_were_not_finite_has_not_diverged(tmp_path: Path) -> None:
     events = diverged(1, 1, 10)
-    page = text_of(tmp_path, "on", [*events, trained(12), trained(13)], recipe=allowing(20))
+    page = text_of(tmp_path, "on", [*events, trained(12), trained(13)])
     assert "At step 13 of 40, going on" in page.text and f"{2 / 13:.4f} loss" in page.text
-    page = text_of(tmp_path, "allowed", events, recipe=allowing(11))
+    page = text_of(tmp_path, "allowed", [line | {"allowed": 11} if "what" in line else line for line in events])
     assert "At step 12 of 40, going on" in page.text and "not finite; 2.0000 at step 1 loss" in page.text
+    page = text_of(tmp_path, "again", [*events, start(12, 1)])  # which allows more
+    assert "At step 12 of 40, going on" in page.text
 
 
 def test_one_finite_loss_among_many_that_are_not_is_drawn(tmp_path: Path) -> None:
-    text_of(tmp_path, "run", diverged(1, 1, 99), recipe=allowing(99))
+    text_of(tmp_path, "run", diverged(1, 1, 99))
     assert marks_of(chart(tmp_path / "run", "Loss")) == [1, 100]
 
 
@@ -428,6 +426,9 @@ def test_a_last_line_that_is_cut_is_left_out_and_lines_that_are_none_are_counted
         looked(4, 0.5) | {"layers": [1]},
         looked(4, 0.5) | {"layers": {"fc6.weight": {"gradient": {"norm": "abc"}}}},
         looked(4, 0.5) | {"layers": {"fc6.weight": {}}},
+        trained(4) | {"loss": 10**400},
+        start(4, 2) | {"command": "train.py 'quoted"},
+        {"event": "not_finite", "step": 4, "time": 4.0},
     ],
 )
 def test_a_line_with_a_figure_of_the_wrong_type_is_one_that_could_not_be_read(
@@ -437,17 +438,31 @@ def test_a_line_with_a_figure_of_the_wrong_type_is_one_that_could_not_be_read(
     assert "lines that could not be read (1)" in page.text and "At step 6 of 40" in page.text
 
 
+def changed(counts: list[list[int]], number: float) -> list[list[float]]:
+    """With another number in the first place."""
+    return [[number, *counts[0][1:]], *counts[1:]]
+
+
 def test_an_evaluation_that_cannot_be_read_is_told_from_one_that_is_not_there(tmp_path: Path) -> None:
     run, whole = write_run(tmp_path / "run"), write_run(tmp_path / "whole")
     path = run / "predictions" / "evaluation.json"
     text = path.read_text()
     evaluation = json.loads(text)
-    counts = evaluation["confusion"]
+    counts, classes = evaluation["confusion"], evaluation["classes"]
     for damaged in (
         text[: len(text) // 2],
         *(json.dumps(evaluation | {"confusion": wrong}) for wrong in (counts[1:], [counts[0], [1]], "abc", None)),
-        json.dumps(evaluation | {"scenes": None}),
+        *(json.dumps(evaluation | {"confusion": changed(counts, number)}) for number in (-1, 0.5, 10**30)),
+        *(json.dumps(evaluation | {"scenes": wrong}) for wrong in (None, [1], [{}])),
+        *(json.dumps(evaluation | {"classes": wrong}) for wrong in ([1] * len(classes), [{}] * len(classes))),
+        *(
+            json.dumps(evaluation | {"classes": [classes[0] | {"iou": wrong}, *classes[1:]]})
+            for wrong in ("a", 10**400)
+        ),
+        json.dumps(evaluation | {"step": "4"}),
+        json.dumps({key: value for key, value in evaluation.items() if key != "split"}),
         json.dumps([1]),
+        "[" * 100_000,
     ):
         path.write_text(damaged)
         page = page_of(run)

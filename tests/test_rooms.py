@@ -156,7 +156,7 @@ def test_every_folder_of_the_package_is_a_room() -> None:
 
 
 # No command itself, but what several of them need.
-COMMANDS_SHARE = {f"fcn_dist.commands.{name}" for name in ("names", "ranks", "termination", "views")}
+COMMANDS_SHARE = {f"fcn_dist.commands.{name}" for name in ("anywhere", "names", "ranks", "termination", "views")}
 
 
 def test_commands_are_imported_by_scripts_alone() -> None:

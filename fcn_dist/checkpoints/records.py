@@ -77,7 +77,7 @@ def _records(path: Path) -> list[ZipInfo]:
     try:
         with _zip_of(path) as file:
             return file.infolist()
-    except ValueError:
+    except (OSError, ValueError):
         return []
 
 

@@ -4,7 +4,6 @@ DeepSpeed's files, as a run writes them, name three classes of its own. Each is 
 not even DeepSpeed's code runs (nor is it imported), and whatever else a file names is refused before it is read.
 """
 
-import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,7 @@ from typing import Any
 import torch
 
 from fcn_dist.errors import UserError, named
-from fcn_dist.files import OBSTACLES
-from fcn_dist.model.devices import out_of_memory
+from fcn_dist.files import obstacle_in
 
 
 class LossScaler:
@@ -72,10 +70,8 @@ def load_content(path: Path) -> Any:
         except UserError:
             raise
         except Exception as error:  # a damaged file makes the reader trip over anything
-            if isinstance(error, OSError) and error.errno in OBSTACLES:
-                raise
-            if out_of_memory(error):
-                raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), str(path)) from error
+            if obstacle := obstacle_in(error):
+                raise OSError(obstacle, os.strerror(obstacle), str(path)) from error
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise Unreadable(
                 f"{path} cannot be read ({reason}); a file as DeepSpeed saved it is needed; restore it from a copy, "

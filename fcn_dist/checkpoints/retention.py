@@ -4,8 +4,11 @@ import secrets
 import shutil
 from pathlib import Path
 
-from fcn_dist.checkpoints.store import committed, read_state, step_of
+from fcn_dist.checkpoints.store import checkpoints_dir, committed, read_state, step_of
 from fcn_dist.config import CheckpointConfig
+from fcn_dist.files import OBSTACLES
+
+REMOVED = ".removed.partial"
 
 
 def retain(run_dir: Path, newest: Path, config: CheckpointConfig) -> list[Path]:
@@ -22,16 +25,22 @@ def retain(run_dir: Path, newest: Path, config: CheckpointConfig) -> list[Path]:
     removed = [folder for folder in reversed(folders) if folder not in kept]
     for folder in removed:
         # At once for whoever reads it, and with a name by which the next start finds what a crash leaves.
-        going = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
-        shutil.rmtree(folder.rename(going))
+        folder.rename(folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{REMOVED}"))
+    for going in checkpoints_dir(run_dir).glob(f".step-*{REMOVED}"):  # with what could not be removed before
+        shutil.rmtree(going)
     return removed
 
 
 def score_of(folder: Path, name: str) -> float | None:
-    """A score of the benchmark's own that was measured at a checkpoint's very step; None if none was."""
+    """A score of the benchmark's own that was measured at a checkpoint's very step; None if none was.
+
+    Raises OSError if the checkpoint may be whole and cannot be read.
+    """
     try:
         scores = read_state(folder).scores
-    except (OSError, KeyError, TypeError, ValueError):
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in OBSTACLES:
+            raise
         return None  # a damaged manifest scores nothing
     if not scores or scores["step"] != step_of(folder):
         return None

@@ -6,7 +6,7 @@ checkpoints/
         probe.safetensors        an image and the scores the training engine gave it, with averaged weights, too
         manifest.json            every file with size and SHA-256, and what the checkpoint is
     latest                       the name of the newest, replaced atomically; no reader depends on it
-    .step-00001000.1f2e.partial/ being written, or left by a crash; no reader looks at it
+    .step-00001000.1f2e.partial/ being written or removed, or left by a crash; no reader looks at it
     damaged-step-00000750/       passed over when the run was continued
 """
 
@@ -86,9 +86,13 @@ def step_of(folder: Path) -> int:
 
 
 def committed(run_dir: Path) -> list[Path]:
-    """Folders of committed checkpoints, newest first; damaged ones among them."""
-    folders = (path for path in checkpoints_dir(run_dir).glob("step-*") if STEP_NAME.fullmatch(path.name))
-    return sorted(folders, key=step_of, reverse=True)
+    """Folders of committed checkpoints, newest first; damaged ones among them.
+
+    Raises OSError if they cannot be looked for.
+    """
+    place = checkpoints_dir(run_dir)
+    paths = place.iterdir() if place.is_dir() else ()  # glob would pass over what it may not read
+    return sorted((path for path in paths if STEP_NAME.fullmatch(path.name)), key=step_of, reverse=True)
 
 
 def open_checkpoint(run_dir: Path, step: int | None = None) -> tuple[Checkpoint, list[Damage]]:
@@ -114,6 +118,20 @@ def of_checkpoint(folder: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def telling_obstacles(folder: Path) -> Iterator[None]:
+    """What keeps the block from reading files of `folder` that may be whole is a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in OBSTACLES:
+            raise
+        raise UserError(
+            f"{error.filename or folder} cannot be read here ({error.strerror}), and may be whole; permissions and "
+            "memory to read it are needed; see to that, and start again"
+        ) from error
+
+
 def while_removed(read: Callable[[], Found], run_dir: Path) -> Found:
     """What `read` finds, once no checkpoint was removed meanwhile."""
     for _ in range(TRIES):
@@ -135,16 +153,9 @@ def newest(run_dir: Path, step: int | None, read: Callable[[Path], Found]) -> tu
     damages: list[Damage] = []
     for folder in folders:
         try:
-            with of_checkpoint(folder):
+            with of_checkpoint(folder), telling_obstacles(folder):
                 return read(folder), damages
-        except OSError as error:
-            if error.errno in OBSTACLES:
-                raise UserError(
-                    f"{error.filename or folder} cannot be read here ({error.strerror}), and may be whole; permissions "
-                    "and memory to read it are needed; see to that, and start again"
-                ) from error
-            damages.append(Damage(folder, str(error)))
-        except (KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError) as error:
             damages.append(Damage(folder, str(error)))
     reasons = "; ".join(f"{damage.dir.name}: {damage.reason}" for damage in damages)
     raise UserError(f"{run_dir} has no whole checkpoint ({reasons}); restore one from a copy")
@@ -174,8 +185,10 @@ def open_described(folder: Path, name: str) -> Checkpoint:
     Raises UserError if they are not there, or not as they were written.
     """
     try:
-        manifest = _read_manifest(folder)
-        if problem := _problem(folder, name, manifest["files"][name]):
+        with telling_obstacles(folder):
+            manifest = _read_manifest(folder)
+            problem = _problem(folder, name, manifest["files"][name])
+        if problem:
             raise ValueError(problem)
         return Checkpoint(folder, CheckpointState(**manifest["state"]))
     except (OSError, KeyError, TypeError, ValueError) as error:

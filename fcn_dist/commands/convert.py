@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from fcn_dist.checkpoints.consolidate import WEIGHTS
+from fcn_dist.commands.anywhere import parse_anywhere
 from fcn_dist.commands.termination import unwound_by_sigterm
 from fcn_dist.console import console
 from fcn_dist.data.scenes.class_info import read_names
@@ -39,7 +40,7 @@ SHOWN = {
 def main(argv: list[str]) -> None:
     """Convert as the arguments say, and print what the new file was compared with."""
     parser = build_parser()
-    options = parser.parse_intermixed_args(argv)
+    options = parse_anywhere(parser, argv)
     if options.show:
         _show(options.run)
         return
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> None:
         parser.error("a file to write is needed, such as model.safetensors")
     form = _form(options)
     if options.json:
-        check_new(options.json, options.overwrite, options.run)
+        check_new(options.json, options.overwrite, Path(options.run))
         if options.json.resolve() == options.out.resolve():
             raise UserError(f"{options.out} is to be the model file, and --json names it too; choose another --json")
     if options.origin:
@@ -79,7 +80,6 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "run",
-        type=Path,
         help="run folder, as launch/train.py wrote it; or a step's universal checkpoint; with --from, a file",
     )
     add("out", type=Path, nargs="?", help="model file to write, such as model.safetensors")
@@ -109,9 +109,9 @@ def _form(options: argparse.Namespace) -> str:
     return str(options.to or by_name or "safetensors")
 
 
-def _show(path: Path) -> None:
+def _show(location: str) -> None:
     """What a model file says."""
-    path = local_copy(path)
+    path = local_copy(location)
     model, info = read_model_file(path)
     description, config = info.description, info.description.config
     table = Table(show_header=False, box=None)
@@ -189,7 +189,7 @@ def _convert_weights(options: argparse.Namespace, form: str) -> None:
     if form != "safetensors":
         raise UserError(f"--to {form} is about a run; --from {options.origin} writes model files; leave it out")
     converted = pytorch_fcn.convert(
-        options.run,
+        Path(options.run),
         options.out,
         read_names(options.classes),
         at_once=options.at_once,

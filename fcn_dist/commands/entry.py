@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 import fcn_dist
+import fcn_dist.lastly  # before whatever else has something to do at the end
 from fcn_dist.commands.names import COMMANDS, FRONTS
 
 try:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from rich.table import Table
 
+from fcn_dist.addresses import is_url, shown_url
 from fcn_dist.checkpoints.consolidate import WEIGHTS
 from fcn_dist.checkpoints.weights import open_run
 from fcn_dist.commands.ranks import among_ranks
@@ -151,7 +152,7 @@ def load(options: argparse.Namespace, shard_set: ShardSet) -> tuple[FCN, str]:
                 raise UserError(f"--{name} chooses from what --run has; a model file has one state; leave it out")
         model, info = read_model_file(local_copy(options.model))
         check_classes(info.description.classes, shard_set)
-        return model, str(options.model)
+        return model, shown_url(options.model) if is_url(options.model) else options.model
     opened = open_run(options.run, options.step, options.weights)
     for damage in opened.passed_over:
         status_console.print(f"passed over {damage.dir}: {damage.reason}")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.table import Table
 
+from fcn_dist.commands.anywhere import parse_anywhere
 from fcn_dist.commands.termination import unwound_by_sigterm
 from fcn_dist.commands.views import add_views, views_of
 from fcn_dist.console import console
@@ -131,7 +132,7 @@ class Labelling:
 @unwound_by_sigterm()
 def main(argv: list[str]) -> None:
     """Label the images as the arguments say, and print which classes were found."""
-    options = build_parser().parse_intermixed_args(argv)
+    options = parse_anywhere(build_parser(), argv)
     keep_freed_memory()
     model = Path(options.model)  # which may be a folder's one
     kept = (model, *model.glob("*.safetensors"))

@@ -18,6 +18,7 @@ from fcn_dist.checkpoints.store import (
     Damage,
     of_checkpoint,
     open_described,
+    telling_obstacles,
     while_removed,
 )
 from fcn_dist.checkpoints.trainingstate import SplitTensor
@@ -112,7 +113,8 @@ def _open_universal(folder: Path, step: int | None, weights: Weights | None, use
     with torch.device("meta"):
         model = description.build()
     try:
-        found = consolidate(folder, model, weights, partial(use, checkpoint, description))
+        with telling_obstacles(folder), of_checkpoint(checkpoint.dir):
+            found = consolidate(folder, model, weights, partial(use, checkpoint, description))
     except ValueError as error:
         raise UserError(f"{folder} is damaged: {error}; run ds_to_universal again, or copy it again") from error
     if weights is None:

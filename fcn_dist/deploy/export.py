@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from fcn_dist.checkpoints.consolidate import Weights
+from fcn_dist.checkpoints.store import of_checkpoint, while_removed
 from fcn_dist.deploy.convert import Conversion, convert
 from fcn_dist.deploy.modelfile import GRAPHS, METADATA_KEY, ModelFileInfo, check_new, metadata_text, read_model_file
 from fcn_dist.deploy.proof import Agreement, read_probe
@@ -100,8 +101,14 @@ def export(
         )
     check_new(out, overwrite, Path(run))
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        conversion = convert(run, Path(folder) / "model.safetensors", step=step, weights=weights)
-        image, recorded, _ = read_probe(conversion.checkpoint, conversion.weights)  # before the run removes it
+
+        def convert_and_read() -> tuple[Conversion, Tensor, Tensor]:
+            found = convert(run, Path(folder) / "model.safetensors", step=step, weights=weights, overwrite=True)
+            with of_checkpoint(found.checkpoint.dir):
+                image, scores, _ = read_probe(found.checkpoint, found.weights)
+            return found, image, scores
+
+        conversion, image, recorded = while_removed(convert_and_read, Path(run))
         model, info = read_model_file(conversion.path)
         with replacing(out) as partial:
             graph = _write_onnx(model, info, partial) if form == "onnx" else _write_pt2(model, info, partial)

@@ -84,7 +84,8 @@ def plan(inputs: Sequence[str], outputs: Outputs) -> tuple[list[Job], list[Path]
     existing = [str(output) for output in owners if output.exists()]
     if existing and not outputs.overwrite:
         raise UserError(f"{named(existing)} exist already; choose another --output, or give --overwrite")
-    return jobs, list(others)
+    named_too = {image for image, _ in found}
+    return jobs, [path for path in others if path.resolve() not in named_too]
 
 
 def _claim(output: Path, owner: str, owners: dict[Path, str]) -> None:

@@ -23,7 +23,7 @@ from fcn_dist.model.fcn import FCN, torch_dtype
 FORMAT_VERSION = 1
 METADATA_KEY = "fcn_dist"
 GRAPHS = {".onnx": "onnx", ".pt2": "torch-export"}  # what else convert.py writes of a run, by how its name ends
-MADE = {".safetensors", *GRAPHS, ".json"}
+MODELS = {".safetensors", *GRAPHS}
 CHECKPOINTS, RECORD = "checkpoints", "run.json"  # of a run
 # As the format names what is stored here.
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
@@ -74,7 +74,10 @@ def _is_part(out: Path, source: Path) -> bool:
     run = next((path for path in (source, *source.parents) if (path / RECORD).is_file()), source)
     if out == source or run / CHECKPOINTS in out.parents:
         return True
-    return run in out.parents and out.is_file() and (out.suffix not in MADE or out.name == RECORD)
+    if run not in out.parents or not out.is_file():
+        return False
+    figures = out.suffix == ".json" and out.parent == run and out.name != RECORD
+    return not figures and out.suffix not in MODELS
 
 
 def write_model_file(

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from fcn_dist.addresses import check_url, is_url, shown_url
+from fcn_dist.addresses import MACHINE_SCHEMES, check_url, is_url, shown_url
 from fcn_dist.errors import UserError, named
 from fcn_dist.files import default_cache_dir, replacing, sha256
 
@@ -22,6 +22,8 @@ def local_copy(location: str | Path, digest: str | None = None) -> Path:
     has no model file or several and none is named model.safetensors.
     """
     text = os.fspath(location)
+    if not text:
+        raise UserError("the model's name is empty; a model file, a folder with one, or an address is needed")
     if digest is not None and not DIGEST.fullmatch(digest):
         raise UserError(f"the SHA-256 that {shown_url(text)} must have is {digest!r}; 64 hexadecimal digits are needed")
     if not is_url(text) or Path(text).exists():
@@ -75,6 +77,8 @@ def _fetch(url: str, wanted: str, copy: Path) -> None:
         copy.parent.mkdir(parents=True, exist_ok=True)
         with replacing(copy) as partial:
             store, path = fsspec.core.url_to_fs(url)
+            if url.partition(":")[0] in MACHINE_SCHEMES and not store.isfile(path):
+                raise UserError(f"{shown_url(url)} is no file; the address of a model file is needed; check it")
             store.get_file(path, str(partial))
             if (found := sha256(partial)) != wanted:
                 raise UserError(

@@ -1,8 +1,10 @@
 """A run folder in, what is on record of the run out. Nothing else of the run is known here."""
 
 import json
+import shlex
+import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,15 @@ from fcn_dist.errors import UserError
 from fcn_dist.training.runfolder import METRICS_NAME, RunRecord, parse_line, read_run_record
 
 EVALUATION = "predictions/evaluation.json"
+FIGURE = (int, float, type(None))
+# What is read of an evaluation, of each of its classes and of each of its scenes.
+OF_EVALUATION = {
+    **dict.fromkeys(("step", "num_samples", "set_size"), int),
+    **dict.fromkeys(("split", "weights"), str),
+    **dict.fromkeys(("classes", "scenes", "confusion"), list),
+}
+OF_CLASS = {"name": str, "iou": FIGURE, "accuracy": FIGURE, "truth_pixels": int}
+OF_SCENE = {**dict.fromkeys(("name", "key", "image", "truth", "prediction"), str), "right": int, "labelled": int}
 Line = dict[str, Any]
 Values = NDArray[np.float64]
 
@@ -41,6 +52,8 @@ class RunData:
     seconds: float = 0.0  # of all starts, each up to its last line
     last_time: float | None = None  # of the last line, in seconds since 1970
     skipped: list[int] = field(default_factory=list)  # steps that were not finite, and changed no weight
+    allowed_skips: int = 0  # so many, when the last of them was
+    diverged: bool = False  # one more was not finite, at which training ended
     unread: int = 0  # whole lines that are no event, or have figures that are none
     evaluation: dict[str, Any] | None = None  # what predictions/ holds
     evaluation_unread: bool = False  # there is one, which is damaged or does not fit the run
@@ -59,17 +72,6 @@ class RunData:
     def steps(self) -> int:
         """The last step on record."""
         return max(self.steps_on_record, default=0)
-
-    @property
-    def allowed_skips(self) -> int:
-        """Steps that may not be finite before training ends."""
-        return int(self.record.recipe["train"]["max_skipped_steps"])
-
-    @property
-    def diverged(self) -> bool:
-        """Whether training ended at a step that was not finite: of that one, which is one too many, no line tells."""
-        beyond = bool(self.skipped) and all(line["step"] < self.skipped[-1] for line in self.trained)
-        return beyond and len(self.skipped) > self.allowed_skips
 
     @property
     def finished(self) -> bool:
@@ -108,8 +110,10 @@ def read_run(folder: Path, name: str) -> RunData:
         if event == "start":
             began = run.last_time = time
             run.starts.append(line)
+            run.diverged = False
         elif event == "train":
             run.trained.append(line)
+            run.diverged = False
         elif event == "evaluate":
             run.scored.append(line)
         elif event == "layers":
@@ -118,6 +122,8 @@ def read_run(folder: Path, name: str) -> RunData:
             run.others[event] += 1
             if event == "not_finite":
                 run.skipped.append(int(line["step"]))
+                run.allowed_skips = line["allowed"]
+                run.diverged = len(run.skipped) > run.allowed_skips
         run.seconds += max(0.0, time - run.last_time) if began is not None and run.last_time is not None else 0.0
         run.last_time = time
     _read_evaluation(run)
@@ -143,7 +149,10 @@ def _is_whole(line: Line) -> bool:
     """Whether what is read of an event is of the types that training writes."""
     match line["event"]:
         case "start":
-            return all(isinstance(line.get(key, 1), int) for key in ("world_size", "steps"))
+            numbers = all(isinstance(line.get(key, 1), int) for key in ("world_size", "steps"))
+            return numbers and _is_command(line.get("command", ""))
+        case "not_finite":
+            return isinstance(line.get("allowed"), int)
         case "train":
             return _are_figures(value for key, value in line.items() if key != "event")
         case "evaluate":
@@ -154,8 +163,15 @@ def _is_whole(line: Line) -> bool:
     return True
 
 
+def _is_command(found: Any) -> bool:
+    try:
+        return isinstance(found, str) and shlex.split(found) is not None
+    except ValueError:  # a quote without its end
+        return False
+
+
 def _are_figures(found: Iterable[Any]) -> bool:
-    return all(value is None or isinstance(value, (int, float)) for value in found)
+    return all(isinstance(value, FIGURE) and not (value and abs(value) > sys.float_info.max) for value in found)
 
 
 def _norm(seen: Any) -> Any:
@@ -171,19 +187,29 @@ def _look(line: Line) -> Look:
 
 def _read_evaluation(run: RunData) -> None:
     """What training left of its last evaluation, if it did, and it fits the run."""
-    num_classes = len(run.classes)
     try:
         found = json.loads((run.folder / EVALUATION).read_text())
-        whole = np.array(found["confusion"], np.int64).shape == (num_classes + 1, num_classes + 1)
-        whole = whole and len(found["classes"]) == num_classes and isinstance(found["scenes"], list)
+        if _is_evaluation(found, len(run.classes)):
+            run.evaluation = found
     except FileNotFoundError:
         return
-    except (OSError, ValueError, KeyError, TypeError):
-        whole = False
-    if whole:
-        run.evaluation = found
-    else:
-        run.evaluation_unread = True
+    except (OSError, ValueError, OverflowError, RecursionError):
+        pass
+    run.evaluation_unread = run.evaluation is None
+
+
+def _is_evaluation(found: Any, num_classes: int) -> bool:
+    """Whether it is of such a run, and what is read of it is there, of the types that training writes."""
+    if not _has(found, OF_EVALUATION) or len(found["classes"]) != num_classes:
+        return False
+    classes = all(_has(one, OF_CLASS) and _are_figures((one["iou"], one["accuracy"])) for one in found["classes"])
+    counts = np.array(found["confusion"])
+    whole = counts.shape == (num_classes + 1, num_classes + 1) and counts.dtype.kind == "i" and counts.min() >= 0
+    return classes and bool(whole) and all(_has(one, OF_SCENE) and one["labelled"] > 0 for one in found["scenes"])
+
+
+def _has(found: Any, types: Mapping[str, Any]) -> bool:
+    return isinstance(found, dict) and all(isinstance(found.get(key), type_) for key, type_ in types.items())
 
 
 def values(lines: Sequence[Line], *keys: str) -> Values:

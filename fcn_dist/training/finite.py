@@ -164,7 +164,7 @@ class StepCheck:
         self.progress.say(f"step {done} changed no weight: {news}; {self._count} of {self._budget} such steps allowed")
         if self.journal:
             samples = [one._asdict() for one in seen]
-            self.journal.write(EVENT, done, what=what, ranks=ranks, micro_batches=samples)
+            self.journal.write(EVENT, done, what=what, ranks=ranks, micro_batches=samples, allowed=self._budget)
         if self._count > self._budget:
             raise EarlyEnd(
                 f"{self._count} steps were not finite and changed no weight, step {done} the last of them: {news}; "

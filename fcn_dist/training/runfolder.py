@@ -136,7 +136,7 @@ def parse_line(line: str) -> dict[str, Any] | None:
     """What a line of the journal says; None if it is none: cut off by a kill, or not what was written."""
     try:
         found = json.loads(line) if line.endswith("\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(found, dict):
         return None

@@ -51,6 +51,7 @@ function update(item, news) {
 // Once, when the image is first selected or worked on.
 function load(item) {
   item.loaded ??= decode(item.file).then((bitmap) => {
+    if (item.removal.signal.aborted) return bitmap?.close();
     item.bitmap = bitmap;
     drawThumbnail(item, palette);
     if (item === current) refresh();
