@@ -438,7 +438,7 @@ def test_a_line_with_a_figure_of_the_wrong_type_is_one_that_could_not_be_read(
     assert "lines that could not be read (1)" in page.text and "At step 6 of 40" in page.text
 
 
-def changed(counts: list[list[int]], number: float) -> list[list[float]]:
+def changed(counts: list[Any], number: float) -> list[Any]:
     """With another number in the first place."""
     return [[number, *counts[0][1:]], *counts[1:]]
 
@@ -449,12 +449,13 @@ def test_an_evaluation_that_cannot_be_read_is_told_from_one_that_is_not_there(tm
     text = path.read_text()
     evaluation = json.loads(text)
     counts, classes = evaluation["confusion"], evaluation["classes"]
+    nothings: list[Any] = [None, [1], [{}]]
     for damaged in (
         text[: len(text) // 2],
         *(json.dumps(evaluation | {"confusion": wrong}) for wrong in (counts[1:], [counts[0], [1]], "abc", None)),
         *(json.dumps(evaluation | {"confusion": changed(counts, number)}) for number in (-1, 0.5, 10**30)),
-        *(json.dumps(evaluation | {"scenes": wrong}) for wrong in (None, [1], [{}])),
-        *(json.dumps(evaluation | {"classes": wrong}) for wrong in ([1] * len(classes), [{}] * len(classes))),
+        *(json.dumps(evaluation | {"scenes": wrong}) for wrong in nothings),
+        *(json.dumps(evaluation | {"classes": wrong * len(classes)}) for wrong in nothings[1:]),
         *(
             json.dumps(evaluation | {"classes": [classes[0] | {"iou": wrong}, *classes[1:]]})
             for wrong in ("a", 10**400)
