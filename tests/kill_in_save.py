@@ -87,7 +87,7 @@ def arm(phase: str) -> None:
 
 def half_removed(folder: Path, **_: object) -> None:
     """Remove one file of a folder, and die."""
-    if saves == save and folder.name.startswith("step-"):
+    if saves == save and folder.name.endswith(retention.REMOVED):
         next(path for path in folder.rglob("*") if path.is_file()).unlink()
         die()
     remove(folder, ignore_errors=True)
