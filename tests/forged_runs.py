@@ -18,7 +18,7 @@ CLASSES = (
 )
 COLOURS = ((200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (30, 200, 200), (200, 30, 200))
 HOST = "node<img src=x onerror=alert(3)>"
-FOLDER = "/work/<b>my</b> folder"
+FOLDER = "/data/<b>my</b> folder"
 COMMAND = "launch/train.py --local_rank=0 --shards 'my shards' --output '<b>run</b>' --set log.layers=2"
 PARAMETERS = (
     "features.0.weight",
