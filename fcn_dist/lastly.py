@@ -10,12 +10,11 @@ import os
 import signal
 import sys
 
-from fcn_dist.outcome import left_outcome
-
 _codes: list[int] = []
 
 
-@atexit.register  # first where this module is imported first, and so the last to be called
+# The last to be called of what is registered after it, so this module imports nothing that registers something before.
+@atexit.register
 def _be_over() -> None:
     if _codes:
         _end_now(_codes[-1])
@@ -33,6 +32,7 @@ def end_before_handlers(code: int) -> None:
 
 def _end_now(code: int) -> None:
     from fcn_dist.lasting import lasting_output
+    from fcn_dist.outcome import left_outcome
 
     unhandled = getattr(sys, "last_value", None)  # whose traceback was printed
     with lasting_output():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fcn_dist.checkpoints.store import checkpoints_dir, committed, read_state, step_of
 from fcn_dist.config import CheckpointConfig
-from fcn_dist.files import OBSTACLES
+from fcn_dist.files import obstacle_in
 
 REMOVED = ".removed.partial"
 
@@ -39,7 +39,7 @@ def score_of(folder: Path, name: str) -> float | None:
     try:
         scores = read_state(folder).scores
     except (OSError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno in OBSTACLES:
+        if obstacle_in(error):
             raise
         return None  # a damaged manifest scores nothing
     if not scores or scores["step"] != step_of(folder):

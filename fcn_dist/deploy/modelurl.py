@@ -42,8 +42,10 @@ def local_copy(location: str | Path, digest: str | None = None) -> Path:
 
 def _in_folder(folder: Path) -> Path:
     found = sorted(folder.glob("*.safetensors"))
-    if (named_so := folder / FILE_NAME) in found or len(found) == 1:
-        return named_so if named_so in found else found[0]
+    if folder / FILE_NAME in found:
+        return folder / FILE_NAME
+    if len(found) == 1:
+        return found[0]
     if found:
         raise UserError(
             f"folder {folder} has {named([path.name for path in found])}; one model file, or one named {FILE_NAME}, is "

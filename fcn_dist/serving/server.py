@@ -56,9 +56,8 @@ def serve(predictor: Predictor, listener: socket.socket, limits: Limits) -> None
         limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
-    logging.getLogger("python_multipart").setLevel(
-        logging.CRITICAL
-    )  # what is wrong with a form is its sender's to know
+    # What is wrong with a form is its sender's to know.
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
     # uvicorn stops on these by itself, and afterwards raises them again.
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda *_: None)
