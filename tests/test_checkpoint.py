@@ -362,7 +362,8 @@ def test_what_could_not_be_removed_is_removed_with_the_next(tmp_path: Path, monk
     with pytest.raises(OSError, match="busy"):
         retain(tmp_path, newest, config)
     monkeypatch.undo()
-    assert open_checkpoint(tmp_path)[0].state.step == 10 and len(names(tmp_path)) == 3
+    going, *others = names(tmp_path)  # which no reader takes for a checkpoint, whatever of it is left
+    assert going.startswith(".step-00000005.") and others == ["latest", "step-00000010"]
     retain(tmp_path, save(tmp_path, 15), config)
     assert names(tmp_path) == ["latest", "step-00000015"]
 
