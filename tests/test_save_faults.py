@@ -38,6 +38,11 @@ FAILURE = "could not be written"
 TIME_LIMIT = 200.0  # seconds of a job
 
 
+def failures_told(output: str) -> int:
+    """By rank 0, which speaks for all; another rank that is not ended within its grace tells its own error as well."""
+    return sum(FAILURE in line and not line.startswith("error (rank 1): ") for line in output.splitlines())
+
+
 def train(shards: Path, run: Path, *more: str, config: str = "zero1_fp32", script: Path = TRAIN, code: int = 0) -> str:
     """Train on two ranks; returns what they print."""
     return run_ranks(script, train_arguments(shards, run, *more, config=config), 2, run.parent, TIME_LIMIT, code)
@@ -179,7 +184,7 @@ def test_a_full_disk_is_borne_for_some_saves_and_then_ends_the_run_with_its_path
     more += ["--set", f"checkpoint.background={background}", "--set", "model.head_width=64"]
     arguments = train_arguments(shards, run, *more, config="zero2_fp32")
     output = run_ranks(TRAIN, arguments, 2, tmp_path, TIME_LIMIT, code=2)
-    assert output.count(FAILURE) == 3 and "training goes on (2 of 2 failures allowed)" in output
+    assert failures_told(output) == 3 and "training goes on (2 of 2 failures allowed)" in output
     assert "No space left on device" in output and str(run / "checkpoints") in output
     checkpoint, damages = open_checkpoint(run)
     assert (checkpoint.state.step, damages) == (2, [])
@@ -201,7 +206,7 @@ def test_a_limit_on_file_size_on_one_rank_alone_is_met_by_all_together(shards: P
     )
     more = ["--set", "checkpoint.every=2", "--set", "checkpoint.max_failures=1"]
     output = train(shards, run, *more, config="zero2_fp32", script=script, code=2)
-    assert output.count(FAILURE) == 2 and "rank 1: [Errno 27] File too large" in output
+    assert failures_told(output) == 2 and "rank 1: [Errno 27] File too large" in output
     # What came of step 4's is agreed on after a step that finds it over, at the latest when step 6 is to be saved.
     assert [line["step"] for line in journal(run, "train")] in ([1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6])
     with pytest.raises(UserError, match="no checkpoint yet"):
